@@ -1,0 +1,26 @@
+"""New conditional controls for pre-trained diffusion models, by reinforcement learning (CTRL, arXiv 2406.12120)."""
+
+from .classifiers import Classifier
+from .label_encoder import LabelEncoder
+from .labels import Categorical, Continuous, LabelSpace
+from .pipelines import CTRLPipeline
+from .policy import Policy
+from .trainer import CTRLConfig, CTRLTrainer
+from .transitions import Transition, transition
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CTRLConfig",
+    "CTRLPipeline",
+    "CTRLTrainer",
+    "Categorical",
+    "Classifier",
+    "Continuous",
+    "LabelEncoder",
+    "LabelSpace",
+    "Policy",
+    "Transition",
+    "transition",
+]

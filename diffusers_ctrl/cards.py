@@ -1,0 +1,107 @@
+"""The model card of an adapter: README.md with the Hub's metadata, the certificate and how to use it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .adapters import AdapterConfig
+from .labels import Categorical, LabelSpace
+
+
+def _number(metrics: dict[str, Any], name: str, digits: int = 3) -> str:
+    value, error = metrics.get(name), metrics.get(f"{name}_se")
+    if value is None:
+        return "–"
+    return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+
+
+def card_text(config: AdapterConfig, *, prompts: Sequence[str], attribute: str) -> str:
+    """The card's Markdown body."""
+    metrics = config.metrics
+    values = LabelSpace.from_dict(config.label_space).attributes[attribute]
+    names = list(values.names) if isinstance(values, Categorical) else []
+    label = repr(names[-1]) if names else "0.5"
+    prompt = f"{prompts[-1]!r}, " if prompts and prompts[-1] else ""
+    rows = "\n".join(
+        f"| {title} | {_number(metrics, name)} | {_number(metrics, 'base_' + name)} | {_number(metrics, 'exact_' + name)} |"
+        for title, name in (
+            ("label accuracy", "accuracy"),
+            ("macro-F1", "macro_f1"),
+            ("prompt accuracy", "prompt_accuracy"),
+            ("log p̂(y given x), nats", "log_likelihood"),
+            ("log Z, nats", "log_partition"),
+            ("J = gamma log p̂ − KL, nats", "objective"),
+            ("KL to the base, nats", "kl"),
+            ("**gap = log Z − J, nats**", "gap"),
+        )
+    )
+    doubt = " The effective sample size is low: the gap is only a lower bound." if metrics.get("gap_is_lower_bound") else ""
+    return f"""# {attribute} for {config.base["id"]}
+
+A label-conditioned adapter for `{config.pipeline_class}`, made with [diffusers_ctrl](https://arxiv.org/abs/2406.12120).
+It samples from p(x | prompt) · p({attribute} | x)^{config.gamma:g}. Labels: {", ".join(f"`{n}`" for n in names)}.
+
+```python
+from diffusers_ctrl import CTRLPipeline
+
+pipe = CTRLPipeline.from_pretrained("path/or/hub-id/of/this/adapter")
+image = pipe({prompt}label={label}).images[0]
+```
+
+![samples](samples.png)
+
+## Certificate
+
+| | tuned | base | exact law |
+| --- | --- | --- | --- |
+{rows}
+
+The gap bounds, from above, the KL divergence in nats between what this adapter samples and the exact conditional law.
+Measured with {config.sampler["num_inference_steps"]} steps of {config.sampler["scheduler"]} {config.sampler["options"]}, guidance scale
+{config.sampler["guidance_scale"]:g}; effective sample size {metrics.get("ess", float("nan")):.0f}.{doubt}
+
+## Training
+
+{metrics.get("num_labels", "?")} labelled images, {metrics.get("updates", "?")} updates in {metrics.get("seconds_train", float("nan")):.0f} s, seed {metrics.get("seed", "?")}.
+Classifier: held-out accuracy {metrics.get("classifier_accuracy", float("nan")):.3f}, expected calibration error {metrics.get("classifier_ece_before", float("nan")):.3f} before and
+{metrics.get("classifier_ece_after", float("nan")):.3f} after temperature scaling.
+Versions: {", ".join(f"{k} {v}" for k, v in config.versions.items())}.
+
+The label means what the classifier learned from those images; it is as good, and as biased, as they are.
+"""
+
+
+def save_card(folder: str | os.PathLike, config: AdapterConfig, *, prompts: Sequence[str], attribute: str) -> Path:
+    """Writes README.md into the adapter folder; returns its path."""
+    metrics = config.metrics
+    results = [
+        EvalResult(
+            task_type="conditional-generation",
+            dataset_type="samples",
+            dataset_name=f"{attribute} labels",
+            metric_type=name,
+            metric_name=title,
+            metric_value=round(metrics[name], 4),
+        )
+        for name, title in (("gap", "gap to the exact conditional law (nats)"), ("accuracy", "label accuracy"))
+        if metrics.get(name) is not None
+    ]
+    data = ModelCardData(
+        base_model=config.base["id"],
+        base_model_relation="adapter",
+        library_name="diffusers",
+        tags=["diffusers_ctrl", "lora", "conditional-control", "reinforcement-learning"],
+        license="apache-2.0",
+        eval_results=results or None,
+        model_name=f"{attribute} for {config.base['id']}",
+    )
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card_text(config, prompts=prompts, attribute=attribute)}")
+    path = Path(folder) / "README.md"
+    card.save(path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+    return path

@@ -1,0 +1,254 @@
+"""How good an adapter is, in nats and in accuracy, each with its standard error.
+
+The certificate. For a prompt c and a label y, log Z(c, y) = log E_pre[p̂(y | x)^gamma]. A trajectory of the tuned model has the
+importance weight w = p̂^gamma · p_pre/p_theta (of its path), and E_theta[w] = Z whatever the tuned model is. So log-mean-exp of
+log w estimates log Z, and J = E_theta[log w] is below it by Jensen: the gap log Z − J is KL(path law ‖ exact path law), which is
+at least the KL between the laws of the images. Every figure is a mean over the (prompt, label) pairs, equally weighted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from .policy import Policy
+from .rollouts import Environment, rollout
+
+
+LOW_ESS = 10.0
+LabelOracle = Callable[[torch.Tensor], torch.Tensor]
+PromptOracle = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Trajectories' ends and costs, on the CPU.
+
+    images: (N, C, H, W) in [0, 1], or the states where there is no decoder. label_rows, prompt_rows: (N,) which label and prompt.
+    log_likelihood: (N,) nats, for the row's own label; kl, log_ratio: (N,) nats, 0 for base samples.
+    """
+
+    images: torch.Tensor
+    label_rows: torch.Tensor
+    prompt_rows: torch.Tensor
+    log_likelihood: torch.Tensor
+    kl: torch.Tensor
+    log_ratio: torch.Tensor
+
+
+@torch.no_grad()
+def draw_samples(
+    policy: Policy,
+    environment: Environment,
+    per_label: int,
+    generator: torch.Generator | None = None,
+    *,
+    tuned: bool = True,
+    batch_size: int = 100,
+    progress: bool = True,
+    description: str = "sampling",
+) -> Samples:
+    """`per_label` samples of each label, running through the prompts; from the tuned model or from the base."""
+    labels, prompts = len(environment.labels), environment.num_prompts
+    label_rows = torch.arange(labels).repeat_interleave(per_label)
+    prompt_rows = torch.arange(per_label).remainder(prompts).repeat(labels)
+    parts: list[tuple[torch.Tensor, ...]] = []
+    bar = tqdm(total=len(label_rows), desc=description, unit="image", disable=not progress)
+    for rows in torch.arange(len(label_rows)).split(batch_size):
+        batch = environment.batch(label_rows[rows], prompt_rows[rows], generator)
+        trajectory = rollout(policy, environment.sampler, batch, generator, tuned=tuned)
+        images = environment.decode(trajectory.sample)
+        log_likelihood = environment.reward(images, batch.labels)
+        parts.append((images.float(), log_likelihood.double(), trajectory.kl.double(), trajectory.log_ratio.double()))
+        bar.update(len(rows))
+    bar.close()
+    images, log_likelihood, kl, log_ratio = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+    return Samples(images, label_rows, prompt_rows, log_likelihood, kl, log_ratio)
+
+
+def _groups(samples: Samples) -> list[torch.Tensor]:
+    """Rows of each (label, prompt) pair."""
+    key = samples.label_rows * (int(samples.prompt_rows.max()) + 1) + samples.prompt_rows
+    return [(key == k).nonzero().flatten() for k in key.unique()]
+
+
+def _mean_and_se(values: torch.Tensor, groups: list[torch.Tensor]) -> tuple[float, float]:
+    """Equally weighted mean of the groups' means, and its standard error (stratified)."""
+    means = torch.stack([values[rows].mean() for rows in groups])
+    variances = torch.stack([values[rows].var() / len(rows) if len(rows) > 1 else values.new_zeros(()) for rows in groups])
+    return means.mean().item(), (variances.sum().sqrt() / len(groups)).item()
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """J, log Z, gap (nats, with standard errors) and the effective sample size of the importance weights, smallest pair's and sum."""
+
+    objective: float
+    objective_se: float
+    log_partition: float
+    log_partition_se: float
+    gap: float
+    gap_se: float
+    ess: float
+    smallest_ess: float
+
+    @property
+    def is_lower_bound(self) -> bool:
+        """True where the weights are too uneven for log Z to be trusted: the gap is then only a lower bound."""
+        return self.smallest_ess < LOW_ESS
+
+
+def certificate(samples: Samples, gamma: float, rows: torch.Tensor | None = None) -> Certificate:
+    """The gap to the exact conditional law from tuned trajectories alone, in float64.
+
+    Within each (label, prompt) pair: J is the mean of gamma·log p̂ − KL (the exact per-step KL, less noisy than the log-ratio),
+    log Z the log-mean-exp of the log-weights, plus the delta method's correction ½(1/ESS − 1/n) for the bias of the logarithm of
+    a mean. Standard errors come from the influence of each trajectory on J, log Z and their difference.
+    """
+    groups = _groups(samples)
+    if rows is not None:
+        kept = set(rows.tolist())
+        groups = [g for g in groups if int(g[0]) in kept]
+    j = gamma * samples.log_likelihood - samples.kl
+    log_w = gamma * samples.log_likelihood - samples.log_ratio
+    totals = torch.zeros(6, dtype=torch.float64)
+    ess = []
+    for group in groups:
+        n, top = len(group), log_w[group].max()
+        weights = (log_w[group] - top).exp()
+        mean = weights.mean()
+        ess.append((weights.sum() ** 2 / weights.square().sum()).item())
+        log_z = (mean.log() + top).item() + 0.5 * (1 / ess[-1] - 1 / n)
+        influence_z, influence_j = weights / mean - 1, j[group] - j[group].mean()
+        scale = n * max(n - 1, 1)
+        totals += torch.tensor(
+            [
+                j[group].mean().item(),
+                log_z,
+                log_z - j[group].mean().item(),
+                influence_j.square().sum().item() / scale,
+                influence_z.square().sum().item() / scale,
+                (influence_z - influence_j).square().sum().item() / scale,
+            ],
+            dtype=torch.float64,
+        )
+    count = len(groups)
+    objective, log_partition, gap = (totals[:3] / count).tolist()
+    objective_se, log_partition_se, gap_se = (totals[3:].sqrt() / count).tolist()
+    return Certificate(objective, objective_se, log_partition, log_partition_se, gap, gap_se, sum(ess), min(ess))
+
+
+@torch.no_grad()
+def exact_law(base: Samples, environment: Environment, oracle: LabelOracle | None) -> dict[str, float]:
+    """What the exact conditional law itself would score, from reweighted base samples; and log Z from base samples.
+
+    Every base sample of a prompt serves all labels, with weight p̂(y | x)^gamma.
+    """
+    labels, gamma = environment.labels, environment.gamma
+    device = labels.device
+    scores = torch.stack(
+        [
+            torch.cat([environment.reward(chunk.to(device), row.expand(len(chunk), -1)) for chunk in base.images.split(256)])
+            for row in labels
+        ]
+    )
+    scores = gamma * scores.double().cpu()
+    truth = None if oracle is None else oracle(base.images).cpu()
+    log_z, variance, confusion, accuracy_variance = [], 0.0, torch.zeros(len(labels), len(labels), dtype=torch.float64), 0.0
+    prompts = base.prompt_rows.unique()
+    for prompt in prompts:
+        rows = (base.prompt_rows == prompt).nonzero().flatten()
+        influence = torch.zeros(len(rows), dtype=torch.float64)
+        for y in range(len(labels)):
+            weights = scores[y, rows].exp()
+            log_z.append(weights.mean().log().item())
+            influence += weights / weights.mean() - 1
+            if truth is not None:
+                share = weights / weights.sum()
+                hit = (truth[rows] == y).double()
+                for answer in range(len(labels)):
+                    confusion[y, answer] += share[truth[rows] == answer].sum() / len(prompts)
+                accuracy_variance += (share * (hit - (share * hit).sum())).square().sum().item()
+        variance += influence.square().sum().item() / len(rows) ** 2
+    pairs = len(prompts) * len(labels)
+    out = {"base_log_partition": sum(log_z) / pairs, "base_log_partition_se": math.sqrt(variance) / pairs}
+    if truth is not None:
+        out["exact_accuracy"] = confusion.diag().mean().item()
+        out["exact_accuracy_se"] = math.sqrt(accuracy_variance) / pairs
+        out["exact_macro_f1"] = _macro_f1(confusion)
+    return out
+
+
+def _macro_f1(confusion: torch.Tensor) -> float:
+    """Macro-averaged F1 of a confusion matrix (asked, found), any non-negative weights."""
+    hits = confusion.diag()
+    return (2 * hits / (confusion.sum(0) + confusion.sum(1)).clamp_min(1e-12)).mean().item()
+
+
+def confusion_matrix(asked: torch.Tensor, found: torch.Tensor, classes: int) -> torch.Tensor:
+    """(classes, classes) counts: row = label asked for, column = the oracle's label."""
+    return torch.bincount(asked * classes + found, minlength=classes**2).view(classes, classes).double()
+
+
+def _scores(samples: Samples, classes: int, oracle: LabelOracle | None, prompt_oracle: PromptOracle | None) -> dict[str, float]:
+    groups, out = _groups(samples), {}
+    if oracle is not None:
+        found = oracle(samples.images).cpu()
+        out["accuracy"], out["accuracy_se"] = _mean_and_se((found == samples.label_rows).double(), groups)
+        out["macro_f1"] = _macro_f1(confusion_matrix(samples.label_rows, found, classes))
+        generator = torch.Generator().manual_seed(0)
+        draws = []
+        for _ in range(200):
+            rows = torch.cat([g[torch.randint(len(g), (len(g),), generator=generator)] for g in groups])
+            draws.append(_macro_f1(confusion_matrix(samples.label_rows[rows], found[rows], classes)))
+        out["macro_f1_se"] = torch.tensor(draws).std().item()
+    if prompt_oracle is not None:
+        obeyed = prompt_oracle(samples.images, samples.prompt_rows).double().cpu()
+        out["prompt_accuracy"], out["prompt_accuracy_se"] = _mean_and_se(obeyed, groups)
+    out["log_likelihood"], out["log_likelihood_se"] = _mean_and_se(samples.log_likelihood, groups)
+    return out
+
+
+def evaluate(
+    tuned: Samples,
+    base: Samples,
+    environment: Environment,
+    label_names: list[str],
+    *,
+    oracle: LabelOracle | None = None,
+    prompt_oracle: PromptOracle | None = None,
+) -> dict[str, Any]:
+    """All figures of metrics.json that samples can give.
+
+    Args:
+        tuned, base: from `draw_samples`, of the same environment.
+        label_names: names of `environment.labels`' rows.
+        oracle: images -> true label row (N,), never seen in training. prompt_oracle: images, prompt rows -> (N,) bool.
+
+    Returns:
+        A flat dict: NAME, NAME_se, base_NAME, exact_NAME, by_label.{label}.NAME, and `gap_is_lower_bound`.
+    """
+    classes, gamma = len(environment.labels), environment.gamma
+    out: dict[str, Any] = _scores(tuned, classes, oracle, prompt_oracle)
+    out["kl"], out["kl_se"] = _mean_and_se(tuned.kl, _groups(tuned))
+    whole = certificate(tuned, gamma)
+    for name in ("objective", "log_partition", "gap"):
+        out[name], out[f"{name}_se"] = getattr(whole, name), getattr(whole, f"{name}_se")
+    out["ess"], out["smallest_ess"], out["gap_is_lower_bound"] = whole.ess, whole.smallest_ess, whole.is_lower_bound
+    out |= {f"base_{name}": value for name, value in _scores(base, classes, oracle, prompt_oracle).items()}
+    out |= exact_law(base, environment, oracle)
+    found = None if oracle is None else oracle(tuned.images).cpu()
+    for row, name in enumerate(label_names):
+        rows = (tuned.label_rows == row).nonzero().flatten()
+        part = certificate(tuned, gamma, rows)
+        values = {"kl": tuned.kl[rows].mean().item(), "log_likelihood": tuned.log_likelihood[rows].mean().item()}
+        values |= {k: getattr(part, k) for k in ("objective", "log_partition", "gap", "gap_se", "ess")}
+        if found is not None:
+            values["accuracy"] = (found[rows] == row).double().mean().item()
+        out |= {f"by_label.{name}.{key}": value for key, value in values.items()}
+    return out

@@ -1,0 +1,136 @@
+"""The objectives: functions of one signature that return a loss whose gradient ascends J.
+
+    J(theta; c, y) = E[ gamma · log p̂(y | x_K) − Σ_k KL_k ],     KL_k = ‖mu_theta − mu_pre‖² / (2 sigma_k²)    (nats, summed)
+
+Write the tuned step as x_{k+1} = mu_pre(x_k) + sigma_k (u_k(x_k) + ε_k), so that KL_k = ½‖u_k‖²: u is a *control*, and J a
+stochastic control problem whose optimum samples p_pre(x | c) p̂(y | x)^gamma / Z when x_0 is independent of x_K.
+
+`direct_backprop` (CTRL, arXiv 2406.12120, Algorithm 2) holds the ε fixed and differentiates J through the sampler.
+
+`adjoint_matching` (arXiv 2409.08861) needs no graph through the sampler. Let a_k = ∂(−gamma log p̂(x_K))/∂x_k along a trajectory
+of the tuned model, but through the *base* steps only (the lean adjoint): a_K = −gamma ∇log p̂(x_K), a_k = (∂mu_pre/∂x_k)ᵀ a_{k+1}.
+The optimal control is u_k = −sigma_k E[a_{k+1} | x_k], so regress u_k(x_k) on −sigma_k a_{k+1}. The noise of step k enters
+x_{k+1}, hence the index k + 1. Where u = 0 the two gradients agree to rounding on the same noise.
+
+Signature: objective(policy, sampler, batch, log_likelihood, generator, **options) -> (loss, metrics), where
+log_likelihood(x_K, labels) -> (B,) nats is differentiable, and metrics are floats: reward, kl, objective (= gamma·reward − kl).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from .policy import Policy
+from .rollouts import Batch, Rollout, Sampler, base_transition, rollout, tuned_transition
+
+
+LogLikelihood = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Metrics = dict[str, float]
+
+
+class NonFiniteError(ValueError):
+    """A reward or a loss is NaN or infinite."""
+
+
+def _checked(reward: torch.Tensor) -> torch.Tensor:
+    if not torch.isfinite(reward).all():
+        bad = (~torch.isfinite(reward)).nonzero().flatten().tolist()
+        raise NonFiniteError(f"the log-likelihood is NaN or infinite for {len(bad)} of {len(reward)} samples (rows {bad[:8]})")
+    return reward
+
+
+def _metrics(reward: torch.Tensor, kl: torch.Tensor, batch: Batch) -> Metrics:
+    reward, kl = reward.detach().double(), kl.detach().double()
+    return {
+        "reward": reward.mean().item(),
+        "kl": kl.mean().item(),
+        "objective": (batch.gamma.double() * reward - kl).mean().item(),
+    }
+
+
+def direct_backprop(
+    policy: Policy,
+    sampler: Sampler,
+    batch: Batch,
+    log_likelihood: LogLikelihood,
+    generator: torch.Generator | None = None,
+    *,
+    truncation: int | None = None,
+) -> tuple[torch.Tensor, Metrics]:
+    """−J by the path-wise gradient, through all steps or through the last `truncation` steps only (drawn once a batch: the same
+    steps for reward and KL). Truncation is biased: it cannot see what early steps do to the KL of later ones.
+    """
+    steps = len(sampler.timesteps)
+    if truncation is not None and not 1 <= truncation <= steps:
+        raise ValueError(f"truncation must be between 1 and the number of steps, {steps}; got {truncation}.")
+    trajectory = rollout(policy, sampler, batch, generator, grad_steps=truncation or steps)
+    reward = _checked(log_likelihood(trajectory.sample, batch.labels))
+    loss = (trajectory.kl - batch.gamma.to(reward) * reward).mean()
+    return loss, _metrics(reward, trajectory.kl, batch)
+
+
+def lean_adjoint(
+    policy: Policy, sampler: Sampler, batch: Batch, trajectory: Rollout, log_likelihood: LogLikelihood
+) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    """Solves the lean adjoint backwards along a trajectory.
+
+    Returns:
+        adjoint: K+1 tensors (B, C, *), adjoint[k] = ∂(−gamma log p̂)/∂x_k through the base; base_means: K tensors mu_pre(x_k);
+        reward: (B,) nats.
+    """
+    with torch.enable_grad():
+        x = trajectory.sample.detach().requires_grad_()
+        reward = _checked(log_likelihood(x, batch.labels))
+        (adjoint,) = torch.autograd.grad(-(batch.gamma.to(reward) * reward).sum(), x)
+    steps = len(sampler.timesteps)
+    adjoints, base_means = [adjoint], []
+    for k in reversed(range(steps)):
+        with torch.enable_grad():
+            x = trajectory.states[k].detach().requires_grad_()
+            mean = base_transition(policy, sampler, batch, k, x).mean
+            (adjoint,) = torch.autograd.grad(mean, x, grad_outputs=adjoint)
+        adjoints.append(adjoint)
+        base_means.append(mean.detach())
+    return adjoints[::-1], base_means[::-1], reward.detach()
+
+
+def adjoint_matching(
+    policy: Policy,
+    sampler: Sampler,
+    batch: Batch,
+    log_likelihood: LogLikelihood,
+    generator: torch.Generator | None = None,
+    *,
+    num_regression_steps: int | None = None,
+) -> tuple[torch.Tensor, Metrics]:
+    """Regression of the control on −sigma_k · adjoint[k+1], on a random subset of the noisy steps (all of them by default).
+
+    The loss is an unbiased estimate of Σ_k ½‖u_k + sigma_k adjoint_{k+1}‖², averaged over the batch; memory does not grow with K.
+    """
+    noisy = torch.tensor(sampler.noisy_steps)
+    count = len(noisy) if num_regression_steps is None else num_regression_steps
+    if not 1 <= count <= len(noisy):
+        raise ValueError(f"num_regression_steps must be between 1 and the number of noisy steps, {len(noisy)}; got {count}.")
+    trajectory = rollout(policy, sampler, batch, generator, reference=False)
+    adjoints, base_means, reward = lean_adjoint(policy, sampler, batch, trajectory, log_likelihood)
+    device = generator.device if generator is not None else "cpu"
+    chosen = noisy[torch.randperm(len(noisy), generator=generator, device=device).cpu()[:count]].tolist()
+    scale = len(noisy) / count
+    loss = batch.noise.new_zeros(())
+    kl = batch.noise.new_zeros(len(batch))
+    for k in chosen:
+        control = (
+            tuned_transition(policy, sampler, batch, k, trajectory.states[k].detach()).mean - base_means[k]
+        ) / trajectory.stds[k]
+        residual = control + trajectory.stds[k] * adjoints[k + 1]
+        loss = loss + scale * residual.square().flatten(1).sum(1).mean() / 2
+        kl = kl + scale * control.detach().square().flatten(1).sum(1) / 2
+    return loss, _metrics(reward, kl, batch)
+
+
+OBJECTIVES: dict[str, Callable[..., tuple[torch.Tensor, Metrics]]] = {
+    "direct_backprop": direct_backprop,
+    "adjoint_matching": adjoint_matching,
+}

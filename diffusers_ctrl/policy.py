@@ -1,0 +1,128 @@
+"""The denoiser as a policy: called, it is the tuned model; `.reference()` is the pre-trained one, from the same weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .injection import DEFAULT_TARGETS, add_label_hook, add_lora, find_injection_site, lora_disabled, lora_layers, site_width
+from .label_encoder import LabelEncoder
+from .labels import LabelSpace
+
+
+class Policy(nn.Module):
+    """Owns a denoiser with LoRA on it and the label encoder, so that whatever wraps a module (DDP, accelerate) sees both.
+
+    The law that is tuned is the sampler's own, classifier-free guidance included: both `__call__` and `reference` return the
+    *guided* output. The unconditional half of a guided batch gets the null label, with the LoRA on, as the pipeline does it.
+
+    Args:
+        denoiser: any module with the call `denoiser(sample, timestep, ...)` returning a tensor, or an object with `.sample`.
+        label_encoder: built from `label_space` if not given.
+        label_space: needed when no label encoder is given.
+        lora_rank, lora_targets: where LoRA goes; `lora_rank=None` if the denoiser already carries it.
+        injection_site: module path of the time embedding, where it has an unusual name.
+        guidance_scale: classifier-free guidance; 1 means none (and half the cost).
+        checkpointing: recompute each denoiser call during backward instead of keeping its activations. A whole call is
+            recomputed, with the label and the LoRA as they were for it, which the denoiser's own block checkpointing cannot know.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        label_encoder: LabelEncoder | None = None,
+        *,
+        label_space: LabelSpace | None = None,
+        lora_rank: int | None = 16,
+        lora_targets: tuple[str, ...] | list[str] | str = DEFAULT_TARGETS,
+        injection_site: str | None = None,
+        gamma_range: tuple[float, float] | None = None,
+        guidance_scale: float = 1.0,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.injection_site, site = find_injection_site(denoiser, injection_site)
+        if label_encoder is None:
+            if label_space is None:
+                raise ValueError("Policy needs a label_encoder, or a label_space to build one from.")
+            label_encoder = LabelEncoder(label_space.to_dict(), site_width(site), gamma_range)
+        if lora_rank is not None:
+            add_lora(denoiser, lora_rank, lora_targets)
+        self.denoiser = denoiser
+        self.label_encoder = label_encoder
+        self.guidance_scale = guidance_scale
+        self.checkpointing = checkpointing
+        self._hook = add_label_hook(denoiser, injection_site)
+        self._lora = list(lora_layers(denoiser).values())
+
+    @property
+    def label_space(self) -> LabelSpace:
+        return self.label_encoder.label_space
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | int,
+        labels: torch.Tensor,
+        gamma: torch.Tensor | float | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        null_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The tuned model's guided output at (x_k, t_k): (B, C, *).
+
+        Args:
+            sample: x_k, (B, C, *). timestep: t_k, one for the batch. labels: (B, A), NaN where not given. gamma: (B,) or float.
+            prompt_embeds, null_embeds: (B, L, D), or None for an unconditional denoiser.
+        """
+        embedding = self.label_encoder(labels, gamma)
+        return self._call(self._tuned, sample, timestep, prompt_embeds, null_embeds, embedding)
+
+    def reference(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | int,
+        prompt_embeds: torch.Tensor | None = None,
+        null_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The pre-trained model's guided output, bit for bit; gradients flow to `sample` only."""
+        return self._call(self._base, sample, timestep, prompt_embeds, null_embeds)
+
+    def _call(self, function, *args) -> torch.Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+        return function(*args)
+
+    def _tuned(self, sample, timestep, prompt_embeds, null_embeds, embedding) -> torch.Tensor:
+        self._hook.embedding = embedding
+        try:
+            return self._guided(sample, timestep, prompt_embeds, null_embeds)
+        finally:
+            self._hook.embedding = None
+
+    def _base(self, sample, timestep, prompt_embeds, null_embeds) -> torch.Tensor:
+        with lora_disabled(self._lora):
+            return self._guided(sample, timestep, prompt_embeds, null_embeds)
+
+    def _guided(self, sample, timestep, prompt_embeds, null_embeds) -> torch.Tensor:
+        if self.guidance_scale == 1.0 or prompt_embeds is None:
+            return self._denoise(sample, timestep, prompt_embeds)
+        if null_embeds is None:
+            raise ValueError(f"guidance_scale={self.guidance_scale} needs null_embeds beside prompt_embeds.")
+        both = self._denoise(torch.cat([sample, sample]), timestep, torch.cat([null_embeds, prompt_embeds]))
+        unconditional, conditional = both.chunk(2)
+        return unconditional + self.guidance_scale * (conditional - unconditional)
+
+    def _denoise(self, sample, timestep, prompt_embeds) -> torch.Tensor:
+        kwargs: dict[str, Any] = {} if prompt_embeds is None else {"encoder_hidden_states": prompt_embeds}
+        output = self.denoiser(sample, timestep, **kwargs)
+        return output if isinstance(output, torch.Tensor) else output.sample
+
+    def trainable_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """{"lora": [...], "label_encoder": [...]}: the two groups that training moves."""
+        return {
+            "lora": [p for p in self.denoiser.parameters() if p.requires_grad],
+            "label_encoder": list(self.label_encoder.parameters()),
+        }

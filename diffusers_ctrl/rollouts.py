@@ -1,0 +1,232 @@
+"""Trajectories: the one denoising loop of training and evaluation.
+
+Index k counts generation order: `states[0]` is noise, `states[K]` the clean sample, step k goes from `states[k]` to `states[k+1]`
+at `timesteps[k]`.
+
+A step without noise (the last one of DDIM, usually) has no density, so no KL can price what the tuned model would change there.
+It is therefore always taken with the *base*, in training, in evaluation and in the pipeline: both laws then share that step, the
+law of the result stays absolutely continuous, and J ≤ log Z holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from .policy import Policy
+from .transitions import Transition, transition
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A scheduler with the settings that fix the base law: number of steps and the arguments of its transition.
+
+    Args:
+        scheduler: a diffusers scheduler with a Gaussian transition.
+        num_inference_steps: K.
+        options: keyword arguments of the transition, such as `eta` for DDIM.
+
+    Raises:
+        ValueError: if the scheduler has no Gaussian transition, or if every step is deterministic (eta = 0).
+    """
+
+    scheduler: Any
+    num_inference_steps: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {self.num_inference_steps}.")
+        self.scheduler.set_timesteps(self.num_inference_steps)
+        probe = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+        noisy = []
+        for t in self.timesteps:
+            # a scheduler whose variance is learned can only be probed with the denoiser's own output
+            learned = getattr(self.scheduler, "variance_type", None) in ("learned", "learned_range")
+            output = torch.zeros(1, 2 if learned else 1, 1, 1, dtype=torch.float64)
+            noisy.append(not self.transition(output, t, probe).is_deterministic)
+        object.__setattr__(self, "noisy_steps", tuple(k for k, flag in enumerate(noisy) if flag))
+        if not self.noisy_steps:
+            raise ValueError(
+                f"{type(self.scheduler).__name__} with {self.options} adds no noise at any step, so there is no KL to the base and "
+                "nothing to train against: use eta > 0 (eta = 1 is the memoryless, unbiased choice)."
+            )
+
+    @property
+    def timesteps(self) -> torch.Tensor:
+        """(K,) t_k in generation order."""
+        return self.scheduler.timesteps
+
+    @property
+    def deterministic_timesteps(self) -> frozenset[int]:
+        """The timesteps whose step adds no noise; the base takes them."""
+        return frozenset(int(t) for k, t in enumerate(self.timesteps) if k not in self.noisy_steps)
+
+    def transition(self, output: torch.Tensor, t: torch.Tensor | int, x: torch.Tensor) -> Transition:
+        return transition(self.scheduler, output, t, x, **self.options)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a trajectory starts from. Everything a rollout needs besides the random numbers of its steps.
+
+    noise: x_0, (B, C, *). labels: (B, A), NaN where not given. gamma: (B,). prompt_embeds, null_embeds: (B, L, D) or None.
+    prompts: index of each row's prompt in the list of prompts, (B,), for statistics by prompt.
+    """
+
+    noise: torch.Tensor
+    labels: torch.Tensor
+    gamma: torch.Tensor
+    prompt_embeds: torch.Tensor | None = None
+    null_embeds: torch.Tensor | None = None
+    prompts: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.noise)
+
+    def __getitem__(self, rows: Any) -> Batch:
+        return Batch(*(None if value is None else value[rows] for value in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A batch of trajectories and what they cost.
+
+    states: (K+1, B, C, *), a tuple of K+1 tensors. kl: Σ_k KL_k, (B,) nats. log_ratio: Σ_k log p_theta/p_pre of the taken steps,
+    (B,) nats. stds: std of each step's transition.
+    """
+
+    states: tuple[torch.Tensor, ...]
+    kl: torch.Tensor
+    log_ratio: torch.Tensor
+    stds: tuple[torch.Tensor, ...]
+
+    @property
+    def sample(self) -> torch.Tensor:
+        """x_K, (B, C, *)."""
+        return self.states[-1]
+
+
+def tuned_transition(policy: Policy, sampler: Sampler, batch: Batch, k: int, x: torch.Tensor) -> Transition:
+    """p_theta(x_{k+1} | x_k = x). Only for a step that has noise."""
+    t = sampler.timesteps[k]
+    return sampler.transition(policy(x, t, batch.labels, batch.gamma, batch.prompt_embeds, batch.null_embeds), t, x)
+
+
+def base_transition(policy: Policy, sampler: Sampler, batch: Batch, k: int, x: torch.Tensor) -> Transition:
+    """p_pre(x_{k+1} | x_k = x)."""
+    t = sampler.timesteps[k]
+    return sampler.transition(policy.reference(x, t, batch.prompt_embeds, batch.null_embeds), t, x)
+
+
+def rollout(
+    policy: Policy,
+    sampler: Sampler,
+    batch: Batch,
+    generator: torch.Generator | None = None,
+    *,
+    tuned: bool = True,
+    grad_steps: int = 0,
+    reference: bool = True,
+) -> Rollout:
+    """Samples trajectories from the tuned model (or, with `tuned=False`, from the base).
+
+    Args:
+        grad_steps: how many of the last steps build a graph; the state entering the first of them is detached.
+        reference: whether to call the base on steps without a graph, for their KL and log-ratio. Without it, these steps count 0.
+
+    Returns:
+        A `Rollout`; `kl` carries a graph over the last `grad_steps` steps.
+    """
+    steps = len(sampler.timesteps)
+    x = batch.noise
+    states, stds = [x], []
+    kl = torch.zeros(len(batch), dtype=x.dtype, device=x.device)
+    log_ratio = torch.zeros(len(batch), dtype=torch.float64, device=x.device)
+    for k in range(steps):
+        with_grad = k >= steps - grad_steps
+        with torch.set_grad_enabled(with_grad):
+            if k not in sampler.noisy_steps or not tuned:
+                taken = base_transition(policy, sampler, batch, k, x)
+                following = taken.mean if taken.is_deterministic else taken.sample(generator)
+            else:
+                taken = tuned_transition(policy, sampler, batch, k, x)
+                following = taken.sample(generator)
+                if with_grad or reference:
+                    base = base_transition(policy, sampler, batch, k, x)
+                    kl = kl + taken.kl(base)
+                    with torch.no_grad():
+                        log_ratio += taken.log_prob(following).double() - base.log_prob(following).double()
+        x = following
+        states.append(x)
+        stds.append(taken.std)
+    return Rollout(tuple(states), kl, log_ratio, tuple(stds))
+
+
+def start_noise(shape: tuple[int, ...], sampler: Sampler, generator: torch.Generator | None, dtype=torch.float32, device="cpu"):
+    """x_0 ~ N(0, init_noise_sigma²), as the pipelines draw it."""
+    return randn_tensor(shape, generator=generator, device=torch.device(device), dtype=dtype) * sampler.scheduler.init_noise_sigma
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What is fixed while a policy trains or is judged: the base law's sampler, and what a finished sample is worth.
+
+    Args:
+        sampler: the base law's scheduler and settings.
+        shape: (C, H, W) of a state.
+        reward: images, labels (B, A) -> (B,) log-likelihood in nats.
+        labels: (M, A), the labels that are drawn, uniformly.
+        gamma: exponent of the likelihood.
+        decode: states (B, C, *) -> images in [0, 1]; identity by default. Differentiable where the reward is.
+        prompt_embeds: (P, L, D), the prompts that are drawn, uniformly; None for an unconditional denoiser.
+        null_embeds: (1, L, D), for guidance.
+    """
+
+    sampler: Sampler
+    shape: tuple[int, ...]
+    reward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    labels: torch.Tensor
+    gamma: float = 1.0
+    decode: Callable[[torch.Tensor], torch.Tensor] = field(default=lambda x: x)
+    prompt_embeds: torch.Tensor | None = None
+    null_embeds: torch.Tensor | None = None
+
+    @property
+    def num_prompts(self) -> int:
+        return 1 if self.prompt_embeds is None else len(self.prompt_embeds)
+
+    def log_likelihood(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """log p̂(y | decode(x)), (B,) nats."""
+        return self.reward(self.decode(x), labels)
+
+    def batch(self, label_rows: torch.Tensor, prompt_rows: torch.Tensor, generator: torch.Generator | None) -> Batch:
+        """A batch with labels[label_rows] and prompt_embeds[prompt_rows], its x_0 drawn from `generator`."""
+        device = self.labels.device
+        dtype = torch.float32 if self.prompt_embeds is None else self.prompt_embeds.dtype
+        noise = start_noise((len(label_rows), *self.shape), self.sampler, generator, dtype, device)
+        embeds = null = None
+        if self.prompt_embeds is not None:
+            embeds = self.prompt_embeds[prompt_rows]
+        if self.null_embeds is not None:
+            null = self.null_embeds.expand(len(label_rows), -1, -1)
+        gamma = torch.full((len(label_rows),), float(self.gamma), device=device)
+        return Batch(noise, self.labels[label_rows], gamma, embeds, null, prompt_rows)
+
+    def draw(self, size: int, generator: torch.Generator | None) -> Batch:
+        """A random batch in which every (label, prompt) pair is as frequent as the next, up to rounding."""
+        pairs = len(self.labels) * self.num_prompts
+        device = generator.device if generator is not None else "cpu"
+        rounds = [torch.randperm(pairs, generator=generator, device=device).cpu() for _ in range(-(-size // pairs))]
+        index = torch.cat(rounds)[:size]
+        return self.batch(index % len(self.labels), index // len(self.labels), generator)
+
+    def grid(self, per_label: int, generator: torch.Generator | None) -> Batch:
+        """`per_label` rows of each label, in order of label, each running through the prompts in turn."""
+        label_rows = torch.arange(len(self.labels)).repeat_interleave(per_label)
+        prompt_rows = torch.arange(per_label).remainder(self.num_prompts).repeat(len(self.labels))
+        return self.batch(label_rows, prompt_rows, generator)

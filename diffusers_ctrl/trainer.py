@@ -1,0 +1,344 @@
+"""CTRLTrainer: draw a batch, ask the objective for a loss, step, log, save, resume. There is no diffusion mathematics in it.
+
+Every random number of update u, micro-batch m and process p comes from a generator seeded by (seed, u, m, p): a resumed run draws
+what the uninterrupted one would have drawn, with no generator state to save.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from .objectives import OBJECTIVES, NonFiniteError
+from .policy import Policy
+from .rollouts import Environment, Sampler
+
+
+STATE_NAME = "trainer_state.json"
+TENSORS_NAME = "trainer_state.safetensors"
+
+
+def _option(default: Any, help: str) -> Any:
+    factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return field(metadata={"help": help}, **factory)
+
+
+@dataclass
+class CTRLConfig:
+    """Settings of the fine-tuning. Each field's help is its documentation; units where there are any."""
+
+    output_dir: str = _option("runs/ctrl", "Folder of everything the run writes.")
+    seed: int = _option(0, "Seed of every random number.")
+    num_inference_steps: int = _option(20, "K, denoising steps of the law that is tuned.")
+    eta: float = _option(1.0, "DDIM's noise: 1 is memoryless and unbiased, below 1 biased, 0 refused. Ignored by other schedulers.")
+    guidance_scale: float = _option(1.0, "Classifier-free guidance of the law that is tuned; 1 is none, at half the cost.")
+    gamma: float = _option(1.0, "Exponent of p(y|x): 1 is Bayes' posterior.")
+    lora_rank: int = _option(16, "Rank of LoRA on each target.")
+    lora_targets: list[str] = _option(["to_q", "to_k", "to_v", "to_out.0"], "Suffixes of the module names that get LoRA.")
+    injection_site: str | None = _option(None, "Module path of the time embedding, where it is not found by itself.")
+    objective: str = _option("adjoint_matching", f"One of {sorted(OBJECTIVES)}.")
+    truncation: int | None = _option(None, "direct_backprop: differentiate the last so many steps only (biased).")
+    num_regression_steps: int | None = _option(None, "adjoint_matching: regress on so many random steps of each trajectory.")
+    checkpointing: bool = _option(False, "Recompute denoiser calls in backward: less memory, more time.")
+    batch_size: int = _option(64, "Trajectories per micro-batch and process.")
+    gradient_accumulation_steps: int = _option(1, "Micro-batches per update.")
+    max_updates: int = _option(300, "Optimizer updates.")
+    learning_rate: float = _option(1e-3, "AdamW learning rate of LoRA, at its peak.")
+    label_learning_rate: float = _option(1e-2, "AdamW learning rate of the label encoder, at its peak.")
+    lr_warmup: int = _option(5, "Updates of linear warm-up.")
+    lr_final: float = _option(0.02, "Learning rate at the end of the cosine, as a fraction of the peak.")
+    adam_beta2: float = _option(0.99, "AdamW's second-moment decay.")
+    weight_decay: float = _option(0.0, "AdamW weight decay.")
+    max_grad_norm: float = _option(1.0, "Gradient norm above which gradients are scaled down.")
+    mixed_precision: str = _option("no", "no, bf16 or fp16 (autocast; LoRA and label encoder stay float32).")
+    checkpoint_every: int = _option(100, "Updates between checkpoints; 0 for none but the last.")
+    checkpoints_total_limit: int = _option(2, "How many checkpoints are kept.")
+    resume_from: str | None = _option(None, "A checkpoint folder, or 'latest'.")
+    sample_every: int = _option(100, "Updates between sample grids; 0 for none.")
+    report_to: str = _option("tensorboard", "Tracker known to accelerate, or 'none'.")
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"Unknown objective {self.objective!r}: use one of {sorted(OBJECTIVES)}.")
+        if self.mixed_precision not in ("no", "bf16", "fp16"):
+            raise ValueError(f"mixed_precision must be no, bf16 or fp16, got {self.mixed_precision!r}.")
+        if not self.gamma > 0:
+            raise ValueError(f"gamma must be positive, got {self.gamma}.")
+        for name in ("batch_size", "gradient_accumulation_steps", "max_updates", "num_inference_steps", "lora_rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+    def objective_options(self) -> dict[str, Any]:
+        """The chosen objective's own options."""
+        own = {"direct_backprop": ("truncation",), "adjoint_matching": ("num_regression_steps",)}
+        return {name: getattr(self, name) for name in own.get(self.objective, ())}
+
+
+class TrainingStopped(RuntimeError):
+    """Training met a NaN or infinite number; the message says where, and where the last good checkpoint is."""
+
+
+def make_sampler(scheduler: Any, config: CTRLConfig) -> Sampler:
+    """The base law of a config. `eta` goes to schedulers whose step takes it.
+
+    Raises:
+        ValueError: if the scheduler has no Gaussian transition, or eta = 0.
+    """
+    import inspect
+    import warnings
+
+    takes_eta = "eta" in inspect.signature(scheduler.step).parameters
+    if takes_eta and 0 < config.eta < 1:
+        warnings.warn(
+            f"eta = {config.eta} < 1 is not memoryless: the optimum is biased away from p(x|c) p(y|x)^gamma; eta = 1 is not.",
+            stacklevel=2,
+        )
+    return Sampler(scheduler, config.num_inference_steps, {"eta": config.eta} if takes_eta else {})
+
+
+class CTRLTrainer:
+    """Fine-tunes a policy's LoRA and label encoder for gamma · log p̂(y | x) minus the KL to the base.
+
+    Args:
+        policy: the denoiser as a policy.
+        scheduler: the base's scheduler; with `config` it fixes the base law.
+        reward: images in [0, 1], labels (B, A) -> (B,) nats.
+        config: settings.
+        shape: (C, H, W) of a latent. labels: (M, A), the labels to learn; every name of the label space's attributes by default.
+        decode, prompt_embeds, null_embeds: see `Environment`.
+        log_partition: estimate of the mean log Z in nats, for the gap shown in the progress bar.
+        save_images: called with (update, policy) at every `sample_every`.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        scheduler: Any,
+        reward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        config: CTRLConfig,
+        *,
+        shape: tuple[int, ...],
+        labels: torch.Tensor | None = None,
+        decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        null_embeds: torch.Tensor | None = None,
+        log_partition: float | None = None,
+        save_images: Callable[[int, Policy], None] | None = None,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        self.config = config
+        self.output_dir = Path(config.output_dir)
+        trackers = None if config.report_to == "none" else config.report_to
+        self.accelerator = accelerator or Accelerator(
+            mixed_precision=config.mixed_precision, log_with=trackers, project_dir=str(self.output_dir)
+        )
+        device = self.accelerator.device
+        self.policy = policy.to(device)
+        if labels is None:
+            labels = torch.stack([policy.label_space.encode(value)[0] for value in policy.label_space.values()])
+        self.environment = Environment(
+            make_sampler(scheduler, config),
+            tuple(shape),
+            reward,
+            labels.to(device),
+            config.gamma,
+            decode or (lambda x: x),
+            None if prompt_embeds is None else prompt_embeds.to(device),
+            None if null_embeds is None else null_embeds.to(device),
+        )
+        self.log_partition = log_partition
+        self.save_images = save_images
+        groups = policy.trainable_parameters()
+        # LoRA and the label encoder train in float32 whatever the base is stored in
+        for parameter in (*groups["lora"], *groups["label_encoder"]):
+            parameter.data = parameter.data.float()
+            parameter.data = broadcast(parameter.data)
+        self.peaks = [config.learning_rate, config.label_learning_rate]
+        optimizer = torch.optim.AdamW(
+            [{"params": groups["lora"], "lr": self.peaks[0]}, {"params": groups["label_encoder"], "lr": self.peaks[1]}],
+            betas=(0.9, config.adam_beta2),
+            weight_decay=config.weight_decay,
+        )
+        self.optimizer = self.accelerator.prepare(optimizer)
+        self.update = 0
+        self.seconds = 0.0
+        self.history: list[dict[str, float]] = []
+
+    @property
+    def _named(self) -> dict[str, torch.nn.Parameter]:
+        """Trainable parameters by name, in the optimizer's order."""
+        names = {id(p): n for n, p in self.policy.named_parameters()}
+        return {names[id(p)]: p for group in self.policy.trainable_parameters().values() for p in group}
+
+    def train(self) -> list[dict[str, float]]:
+        """Runs to `max_updates`. Returns the history, one dict of floats an update.
+
+        Raises:
+            TrainingStopped: at a NaN or infinite reward or loss; the weights before it are saved as a checkpoint.
+        """
+        config, main = self.config, self.accelerator.is_main_process
+        if config.resume_from:
+            self._resume(config.resume_from)
+        if config.report_to != "none":
+            settings = {k: v for k, v in asdict(config).items() if isinstance(v, (int, float, str, bool))}
+            self.accelerator.init_trackers("ctrl", config=settings)
+        bar = tqdm(total=config.max_updates, initial=self.update, desc="training", unit="update", disable=not main)
+        smooth = None
+        while self.update < config.max_updates:
+            started = time.perf_counter()
+            try:
+                metrics = self._step()
+            except NonFiniteError as error:
+                bar.close()
+                where = self._save_checkpoint()
+                raise TrainingStopped(
+                    f"Training stopped at update {self.update + 1}: {error}. The weights before this update are in {where}."
+                ) from error
+            self.update += 1
+            self.seconds += time.perf_counter() - started
+            smooth = metrics["objective"] if smooth is None else 0.9 * smooth + 0.1 * metrics["objective"]
+            if self.log_partition is not None:
+                metrics["gap_estimate"] = self.log_partition - smooth
+            self.history.append({"update": self.update, "seconds": self.seconds, **metrics})
+            if config.report_to != "none":
+                self.accelerator.log(metrics, step=self.update)
+            shown = {"J": f"{smooth:.2f}", "reward": f"{metrics['reward']:.2f}", "KL": f"{metrics['kl']:.2f}"}
+            if self.log_partition is not None:
+                shown["gap~"] = f"{metrics['gap_estimate']:.2f}"
+            bar.set_postfix(shown, refresh=False)
+            bar.update()
+            if config.checkpoint_every and self.update % config.checkpoint_every == 0:
+                self._save_checkpoint()
+            if main and self.save_images is not None and config.sample_every and self.update % config.sample_every == 0:
+                self.save_images(self.update, self.policy)
+        bar.close()
+        self._save_checkpoint()
+        if config.report_to != "none":
+            self.accelerator.end_training()
+        return self.history
+
+    def learning_rate(self, update: int) -> float:
+        """Fraction of the peak: linear warm-up, then a cosine to `lr_final`."""
+        config = self.config
+        warm = min(1.0, (update + 1) / max(config.lr_warmup, 1))
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, update / config.max_updates)))
+        return warm * (config.lr_final + (1 - config.lr_final) * cosine)
+
+    def _generator(self, micro: int) -> torch.Generator:
+        entropy = (self.config.seed, self.update, micro, self.accelerator.process_index)
+        seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        return torch.Generator(self.accelerator.device).manual_seed(seed)
+
+    def _step(self) -> dict[str, float]:
+        config, accelerator = self.config, self.accelerator
+        objective = OBJECTIVES[config.objective]
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * self.learning_rate(self.update)
+        totals: dict[str, float] = {}
+        for micro in range(config.gradient_accumulation_steps):
+            generator = self._generator(micro)
+            batch = self.environment.draw(config.batch_size, generator)
+            try:
+                with accelerator.autocast():
+                    loss, metrics = objective(
+                        self.policy,
+                        self.environment.sampler,
+                        batch,
+                        self.environment.log_likelihood,
+                        generator,
+                        **config.objective_options(),
+                    )
+                if not torch.isfinite(loss):
+                    raise NonFiniteError(f"the loss is {loss.item()}")
+            except NonFiniteError as error:
+                self.optimizer.zero_grad(set_to_none=True)
+                raise NonFiniteError(f"in micro-batch {micro + 1} of {config.gradient_accumulation_steps}, {error}") from error
+            accelerator.backward(loss / config.gradient_accumulation_steps)
+            for name, value in metrics.items():
+                totals[name] = totals.get(name, 0.0) + value / config.gradient_accumulation_steps
+        parameters = list(self._named.values())
+        if accelerator.num_processes > 1:
+            # not DistributedDataParallel: an objective calls the policy many times, and its reference, before one backward
+            for parameter in parameters:
+                parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
+            values = accelerator.reduce(torch.tensor(list(totals.values()), device=accelerator.device), reduction="mean")
+            totals = dict(zip(totals, values.tolist(), strict=True))
+        norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+        if not torch.isfinite(torch.as_tensor(norm)) and config.mixed_precision != "fp16":
+            self.optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteError(f"the gradient's norm is {float(norm)}")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {**totals, "grad_norm": float(norm)}
+
+    # -- checkpoints: safetensors and JSON, written under a temporary name and renamed --
+
+    def _save_checkpoint(self) -> Path:
+        root = self.output_dir / "checkpoints"
+        folder = root / f"checkpoint-{self.update:06d}"
+        if self.accelerator.is_main_process:
+            temporary = root / f"{folder.name}.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            tensors = {}
+            for name, parameter in self._named.items():
+                tensors[f"parameter.{name}"] = parameter.detach().cpu().contiguous()
+                for key, value in self.optimizer.state.get(parameter, {}).items():
+                    tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+            save_file(tensors, temporary / TENSORS_NAME)
+            state = {"update": self.update, "seconds": self.seconds, "seed": self.config.seed, "history": self.history}
+            (temporary / STATE_NAME).write_text(json.dumps(state) + "\n")
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(temporary, folder)
+            for old in _checkpoints(root)[: -self.config.checkpoints_total_limit]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def _resume(self, name: str) -> None:
+        if name == "latest":
+            found = _checkpoints(self.output_dir / "checkpoints")
+            if not found:
+                raise ValueError(f"--resume_from latest: there is no checkpoint in {self.output_dir / 'checkpoints'}.")
+            folder = found[-1]
+        else:
+            folder = Path(name)
+        try:
+            state = json.loads((folder / STATE_NAME).read_text())
+            tensors = load_file(folder / TENSORS_NAME)
+        except (OSError, json.JSONDecodeError, SafetensorError) as error:
+            raise ValueError(f"{folder} is not a whole checkpoint: {error}.") from error
+        named = self._named
+        saved = {key.removeprefix("parameter.") for key in tensors if key.startswith("parameter.")}
+        if saved != set(named):
+            raise ValueError(f"{folder} was written with other settings: its trainable parameters are not this run's.")
+        if state["seed"] != self.config.seed:
+            raise ValueError(f"{folder} was written with --seed {state['seed']}, this run has {self.config.seed}.")
+        for name, parameter in named.items():
+            parameter.data.copy_(tensors[f"parameter.{name}"])
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                with contextlib.suppress(KeyError):
+                    value = tensors[f"optimizer.{key}.{name}"]
+                    self.optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+        self.update, self.seconds, self.history = state["update"], state["seconds"], state["history"]
+        self.accelerator.print(f"resumed from {folder} at update {self.update}")
+
+
+def _checkpoints(root: Path) -> list[Path]:
+    return sorted(path for path in root.glob("checkpoint-*") if path.is_dir() and path.suffix != ".tmp")

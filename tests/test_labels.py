@@ -1,0 +1,176 @@
+"""Labels: what a user may write, the tensor it becomes, and the errors for everything else."""
+
+import math
+
+import pytest
+import torch
+
+from diffusers_ctrl.labels import Categorical, Continuous, LabelSpace
+
+
+NAN = float("nan")
+
+
+def one():
+    return LabelSpace(stroke=Categorical(("thin", "regular", "bold")))
+
+
+def two():
+    return LabelSpace(stroke=Categorical(("thin", "regular", "bold")), slant=Continuous(-0.5, 0.5, "rad"))
+
+
+def assert_rows(encoded, rows):
+    assert encoded.dtype == torch.float32
+    torch.testing.assert_close(encoded, torch.tensor(rows, dtype=torch.float32), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("label", "row"),
+    [
+        ("bold", [2.0]),
+        (0, [0.0]),
+        (2, [2.0]),
+        (1.0, [1.0]),
+        ({"stroke": "thin"}, [0.0]),
+        ({"stroke": 1}, [1.0]),
+        ({"stroke": None}, [NAN]),
+        ({}, [NAN]),
+        (None, [NAN]),
+    ],
+)
+def test_one_attribute(label, row):
+    assert_rows(one().encode(label), [row])
+
+
+@pytest.mark.parametrize(
+    ("label", "row"),
+    [
+        ({"stroke": "bold", "slant": 0.25}, [2.0, 0.25]),
+        ({"slant": -0.5, "stroke": 0}, [0.0, -0.5]),
+        ({"slant": 0.5}, [NAN, 0.5]),
+        ({"slant": 0}, [NAN, 0.0]),
+        ({"stroke": "regular", "slant": None}, [1.0, NAN]),
+        (None, [NAN, NAN]),
+    ],
+)
+def test_two_attributes_in_the_order_of_the_space(label, row):
+    assert_rows(two().encode(label), [row])
+
+
+def test_one_label_serves_all_prompts():
+    assert_rows(one().encode("bold", num_prompts=3), [[2.0]] * 3)
+    assert_rows(two().encode(None, num_prompts=2), [[NAN, NAN]] * 2)
+
+
+def test_a_list_is_one_label_a_prompt():
+    assert_rows(one().encode(["bold", 0, None, {"stroke": "regular"}], num_prompts=4), [[2.0], [0.0], [NAN], [1.0]])
+    assert_rows(two().encode(({"slant": 0.5}, {"stroke": 2}), num_prompts=2), [[NAN, 0.5], [2.0, NAN]])
+
+
+def test_a_tensor_of_indices_is_one_label_a_prompt():
+    assert_rows(one().encode(torch.tensor([2, 0]), num_prompts=2), [[2.0], [0.0]])
+
+
+@pytest.mark.parametrize(
+    "label", ["italic", "", "Bold", -1, 3, 1.5, NAN, math.inf, True, False, b"bold", {"stroke": "italic"}]
+)
+def test_a_wrong_categorical_label_names_the_attribute_and_the_choices(label):
+    with pytest.raises(ValueError, match=r"(?s)stroke.*thin.*regular.*bold.*0 to 2"):
+        one().encode(label)
+
+
+@pytest.mark.parametrize("value", [0.51, -0.51, NAN, math.inf, True, "0.1", [0.1]])
+def test_a_wrong_continuous_label_names_the_attribute_and_the_interval(value):
+    with pytest.raises(ValueError, match=r"(?s)slant.*-0\.5 to 0\.5 rad"):
+        two().encode({"slant": value})
+
+
+def test_an_unknown_attribute_is_named_beside_the_known_ones():
+    with pytest.raises(ValueError, match=r"(?s)colour.*stroke.*slant"):
+        two().encode({"colour": "red"})
+
+
+@pytest.mark.parametrize("label", ["bold", 2, ["bold"]])
+def test_a_bare_label_with_two_attributes_asks_for_a_dict(label):
+    with pytest.raises(ValueError, match=r"(?s)dict.*stroke.*slant"):
+        two().encode(label)
+
+
+@pytest.mark.parametrize("labels", [[], ["bold"], ["bold"] * 3])
+def test_the_number_of_labels_must_be_the_number_of_prompts(labels):
+    with pytest.raises(ValueError, match=f"{len(labels)} labels for 2 prompts"):
+        one().encode(labels, num_prompts=2)
+
+
+@pytest.mark.parametrize("names", [(), ("only",), ("a", "a"), ("a", ""), ("a", 1), "thin"])
+def test_a_categorical_needs_two_different_names(names):
+    with pytest.raises(ValueError, match="names"):
+        Categorical(names)
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.0, 1.0), (1.0, 0.0), (-math.inf, 0.0), (0.0, NAN)])
+def test_a_continuous_needs_a_finite_interval(low, high):
+    with pytest.raises(ValueError, match="low < high"):
+        Continuous(low, high)
+
+
+def test_a_space_needs_attributes_of_a_known_type():
+    with pytest.raises(ValueError, match="at least one attribute"):
+        LabelSpace()
+    with pytest.raises(ValueError, match="'stroke'.*tuple"):
+        LabelSpace(stroke=("thin", "bold"))
+
+
+def test_dict_round_trip_keeps_everything_and_the_order():
+    space = two()
+    data = space.to_dict()
+    again = LabelSpace.from_dict(data)
+    assert again == space
+    assert list(again.attributes) == ["stroke", "slant"]
+    assert again.to_dict() == data
+    assert data["stroke"] == {"type": "categorical", "names": ["thin", "regular", "bold"]}
+    assert data["slant"] == {"type": "continuous", "low": -0.5, "high": 0.5, "unit": "rad"}
+
+
+def test_spaces_differ_by_order_by_names_and_by_bounds():
+    space = two()
+    assert space != LabelSpace(slant=space.attributes["slant"], stroke=space.attributes["stroke"])
+    assert one() != LabelSpace(stroke=Categorical(("thin", "bold", "regular")))
+    assert LabelSpace(slant=Continuous(-0.5, 0.5)) != LabelSpace(slant=Continuous(-0.5, 0.6))
+
+
+def test_values_are_the_named_labels_each_encodable():
+    assert two().values() == [{"stroke": "thin"}, {"stroke": "regular"}, {"stroke": "bold"}]
+    assert_rows(two().encode(two().values(), num_prompts=3), [[0.0, NAN], [1.0, NAN], [2.0, NAN]])
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        None,
+        "categorical",
+        {},
+        {"type": "ordinal"},
+        {"names": ["a", "b"]},
+        {"type": "categorical"},
+        {"type": "categorical", "names": 3},
+        {"type": "categorical", "names": "abc"},
+        {"type": "categorical", "names": ["a"]},
+        {"type": "categorical", "names": ["a", "a"]},
+        {"type": "categorical", "names": [["a"], ["b"]]},
+        {"type": "continuous", "low": 0.0},
+        {"type": "continuous", "low": "zero", "high": 1.0},
+        {"type": "continuous", "low": None, "high": 1.0},
+        {"type": "continuous", "low": 1.0, "high": 0.0},
+        {"type": "continuous", "low": 0.0, "high": math.inf},
+    ],
+)
+def test_a_malformed_attribute_is_a_value_error_with_its_name(spec):
+    with pytest.raises(ValueError, match="stroke"):
+        LabelSpace.from_dict({"stroke": spec})
+
+
+@pytest.mark.parametrize("data", [None, [], "stroke", 3, {}])
+def test_a_malformed_space_is_a_value_error(data):
+    with pytest.raises(ValueError, match="label space"):
+        LabelSpace.from_dict(data)

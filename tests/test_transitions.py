@@ -1,0 +1,310 @@
+"""Transitions: mean and std held to `scheduler.step` over the grid of settings; KL and log-probability to torch.distributions.
+
+Tolerance of the parity. The transition computes its coefficients in double precision from the scheduler's float32 `alphas_cumprod`
+(written a, and p for the previous step's); `step` computes them in float32, with unit roundoff u = 2^-24 = 6e-8. Products and
+square roots keep a relative error of a few u. Two differences cancel: 1 - a/p, which is at least 0.01 for 25 steps or fewer, so it
+is good to u / 0.01 = 6e-6 relative, and 1 - p - std^2 under the square root. RTOL = 1e-5, relative to the largest entry, covers both
+wherever 1 - p - std^2 is not itself of the order of u. It is at a = 0 (zero terminal SNR) with eta = 1: exactly 0 there, but in
+float32 +-u, whose square root is 2.4e-4 (or NaN, where it is negative), times a direction of a few units. Neighbouring timesteps
+near the clean sample are the other exception: there 1 - a/p is as small as betas[1], so that it is good to u / betas[1] only.
+"""
+
+import itertools
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler
+from torch.distributions import Independent, Normal, kl_divergence
+
+from diffusers_ctrl.transitions import Transition, supported_schedulers, transition
+
+
+RTOL = 1e-5
+PREDICTIONS = ["epsilon", "sample", "v_prediction"]
+SPACINGS = ["leading", "trailing", "linspace"]
+CLIPS = [
+    {"clip_sample": False},
+    {"clip_sample": True, "clip_sample_range": 0.7},
+    {"clip_sample": False, "thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 1.5},
+]
+SHAPE = (2, 3, 4, 4)
+
+
+def neighbour_rtol(scheduler):
+    return 2**-24 / scheduler.betas[1].item()
+
+
+def tensors(seed, channels=3):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(SHAPE, generator=generator, dtype=torch.float64)
+    return x, torch.randn((2, channels, 4, 4), generator=generator, dtype=torch.float64)
+
+
+def read_step(scheduler, monkeypatch, output, t, x, **kwargs):
+    """(mean, std) of `scheduler.step`, by replacing the noise it draws with zeros, then with ones."""
+    results = []
+    for value in (0.0, 1.0):
+        for name in ("ddim", "ddpm"):
+            path = f"diffusers.schedulers.scheduling_{name}.randn_tensor"
+            monkeypatch.setattr(path, lambda shape, value=value, dtype=None, **_: torch.full(tuple(shape), value, dtype=dtype))
+        results.append(scheduler.step(output, t, x, **kwargs).prev_sample)
+    return results[0], results[1] - results[0]
+
+
+def assert_parity(scheduler, monkeypatch, output, t, x, rtol=RTOL, atol=0.0, **kwargs):
+    mean, std = read_step(scheduler, monkeypatch, output, t, x, **kwargs)
+    ours = transition(scheduler, output, t, x, **kwargs)
+    assert ours.mean.dtype == ours.std.dtype == torch.float64
+    where = f"t={int(t)} {kwargs} {dict(scheduler.config)}"
+    ok = torch.isfinite(mean) & torch.isfinite(std)
+    for name, theirs, mine in (("mean", mean, ours.mean), ("std", std, ours.std.expand_as(mean))):
+        if ok.any():
+            # 1e-12: the std is read as the difference of two numbers of the mean's size
+            bound = rtol * theirs[ok].abs().max() + atol + 1e-12 * (1 + mean[ok].abs().max())
+            assert (mine - theirs)[ok].abs().max() <= bound, f"{name} {where}"
+    return ok
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_ddim_is_the_schedulers_step(monkeypatch, prediction, spacing, eta):
+    compared = total = 0
+    for clip, to_one, (zero_snr, steps) in itertools.product(CLIPS, (True, False), ((True, 10), (False, 10), (False, 7))):
+        scheduler = DDIMScheduler(
+            prediction_type=prediction,
+            timestep_spacing=spacing,
+            set_alpha_to_one=to_one,
+            rescale_betas_zero_snr=zero_snr,
+            **clip,
+        )
+        scheduler.set_timesteps(steps)
+        for t, clipped in itertools.product(scheduler.timesteps, (False, True) if clip != CLIPS[0] else (False,)):
+            output, x = tensors(int(t))
+            atol = 2e-3 if scheduler.alphas_cumprod[t] == 0 else 0.0
+            options = {"eta": eta, "use_clipped_model_output": clipped}
+            ok = assert_parity(scheduler, monkeypatch, output, t, x, atol=atol, **options)
+            compared += ok.sum().item()
+            total += ok.numel()
+    assert compared > 0.9 * total  # only the first step at zero terminal SNR may be NaN in diffusers
+
+
+@pytest.mark.parametrize("steps", [1, 2, 25])
+@pytest.mark.parametrize("schedule", ["scaled_linear", "squaredcos_cap_v2"])
+def test_ddim_with_the_settings_of_stable_diffusion(monkeypatch, schedule, steps):
+    scheduler = DDIMScheduler(
+        beta_schedule=schedule,
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    scheduler.set_timesteps(steps)
+    for t in scheduler.timesteps:
+        output, x = tensors(int(t))
+        rtol = neighbour_rtol(scheduler) if int(t) == 1 else RTOL
+        assert assert_parity(scheduler, monkeypatch, output, t, x, rtol=rtol, eta=1.0).all()
+        assert assert_parity(scheduler, monkeypatch, output, int(t), x, rtol=rtol, eta=1.0).all()
+
+
+def test_ddim_eta_is_one_unless_given():
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(10)
+    output, x = tensors(0)
+    default, one = transition(scheduler, output, 500, x), transition(scheduler, output, 500, x, eta=1.0)
+    assert torch.equal(default.mean, one.mean) and torch.equal(default.std, one.std)
+    assert transition(scheduler, output, 500, x, eta=0.0).is_deterministic
+    assert not one.is_deterministic
+
+
+@pytest.mark.parametrize("kind", [DDIMScheduler, DDPMScheduler])
+@pytest.mark.parametrize("prediction", ["sample", "v_prediction"])
+def test_zero_terminal_snr_is_finite(kind, prediction):
+    scheduler = kind(rescale_betas_zero_snr=True, prediction_type=prediction, timestep_spacing="trailing", clip_sample=False)
+    scheduler.set_timesteps(10)
+    t = scheduler.timesteps[0]
+    assert scheduler.alphas_cumprod[t] == 0
+    output, x = tensors(0)
+    ours = transition(scheduler, output, t, x)
+    previous = scheduler.alphas_cumprod[t - 100].double()
+    clean = output if prediction == "sample" else -output
+    torch.testing.assert_close(ours.mean, previous.sqrt() * clean, rtol=1e-12, atol=1e-7)
+    torch.testing.assert_close(ours.std, (1 - previous).sqrt(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_small_log", "fixed_large", "learned", "learned_range"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_ddpm_is_the_schedulers_step(monkeypatch, prediction, spacing, variance):
+    compared = total = 0
+    for clip, offset, (zero_snr, steps) in itertools.product(CLIPS, (0, 1), ((True, 10), (False, 10), (False, 7))):
+        if offset and spacing != "leading":
+            continue
+        scheduler = DDPMScheduler(
+            prediction_type=prediction,
+            timestep_spacing=spacing,
+            variance_type=variance,
+            steps_offset=offset,
+            rescale_betas_zero_snr=zero_snr,
+            **clip,
+        )
+        scheduler.set_timesteps(steps)
+        for t in scheduler.timesteps:
+            x, output = tensors(int(t), channels=6 if "learned" in variance else 3)
+            if variance == "learned":
+                output[:, 3:].abs_()  # a variance
+            rtol = neighbour_rtol(scheduler) if int(t) == 1 else RTOL
+            ok = assert_parity(scheduler, monkeypatch, output, t, x, rtol=rtol)
+            compared += ok.sum().item()
+            total += ok.numel()
+    assert compared > 0.95 * total
+
+
+def test_ddpm_on_its_whole_training_schedule_and_on_custom_timesteps(monkeypatch):
+    for timesteps in (None, [900, 850, 300, 20, 0]):
+        scheduler = DDPMScheduler(variance_type="fixed_large")
+        if timesteps is not None:
+            scheduler.set_timesteps(timesteps=timesteps)
+        for t in timesteps or [999, 500, 10, 1, 0]:
+            output, x = tensors(t)
+            assert assert_parity(scheduler, monkeypatch, output, t, x, rtol=neighbour_rtol(scheduler)).all()
+
+
+def test_ddpm_learned_std_is_one_a_pixel():
+    scheduler = DDPMScheduler(variance_type="learned_range")
+    scheduler.set_timesteps(10)
+    x, output = tensors(0, channels=6)
+    result = transition(scheduler, output, 500, x)
+    assert result.std.shape == x.shape and result.mean.shape == x.shape
+    small = transition(scheduler, torch.cat([output[:, :3], -torch.ones_like(x)], 1), 500, x).std
+    large = transition(scheduler, torch.cat([output[:, :3], torch.ones_like(x)], 1), 500, x).std
+    assert (small < large).all()
+
+
+@pytest.mark.parametrize(("variance", "channels"), [("fixed_large_log", 3), ("learned", 3), ("learned_range", 3)])
+def test_ddpm_without_a_standard_deviation_is_an_error(variance, channels):
+    # `step` takes the square root of fixed_large_log's (negative) log variance: there is no law to restate
+    scheduler = DDPMScheduler(variance_type=variance)
+    scheduler.set_timesteps(10)
+    x, output = tensors(0, channels=channels)
+    with pytest.raises(ValueError, match=f"(?s){variance}.*fixed_small.*fixed_large"):
+        transition(scheduler, output, 500, x)
+
+
+@pytest.mark.parametrize("kind", [EulerDiscreteScheduler, PNDMScheduler])
+def test_an_unsupported_scheduler_is_told_what_to_use(kind):
+    scheduler = kind()
+    scheduler.set_timesteps(10)
+    with pytest.raises(ValueError, match=f"(?s){kind.__name__}.*DDIMScheduler or DDPMScheduler.*eta > 0.*from_config"):
+        transition(scheduler, torch.zeros(SHAPE), scheduler.timesteps[0], torch.zeros(SHAPE))
+    assert supported_schedulers() == ["DDIMScheduler", "DDPMScheduler"]
+
+
+def test_missing_set_timesteps_is_named():
+    with pytest.raises(ValueError, match="set_timesteps.*DDIMScheduler"):
+        transition(DDIMScheduler(), torch.zeros(SHAPE), 500, torch.zeros(SHAPE))
+
+
+@pytest.mark.parametrize("kind", [DDIMScheduler, DDPMScheduler])
+def test_an_unknown_prediction_type_is_named(kind):
+    scheduler = kind(prediction_type="flow")
+    scheduler.set_timesteps(10)
+    with pytest.raises(ValueError, match="flow.*epsilon, sample and v_prediction"):
+        transition(scheduler, torch.zeros(SHAPE), 500, torch.zeros(SHAPE))
+
+
+def normal(value):
+    return Independent(Normal(value.mean, value.std.expand_as(value.mean)), value.mean.ndim - 1)
+
+
+def pair(std_a, std_b):
+    a, b = tensors(1)
+    return Transition(a, std_a), Transition(b, std_b)
+
+
+def std_of(shape, seed):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.3
+
+
+@pytest.mark.parametrize(
+    ("shape_a", "shape_b", "same"),
+    [
+        ((), (), True),
+        ((), (), False),
+        (SHAPE, SHAPE, True),
+        (SHAPE, SHAPE, False),
+        ((), SHAPE, False),
+        (SHAPE, (), False),
+        ((2, 1, 1, 1), (2, 1, 1, 1), False),
+        ((2, 1, 1, 1), (2, 1, 1, 1), True),
+        ((1, 3, 1, 1), (2, 1, 1, 1), False),
+    ],
+)
+def test_kl_and_log_prob_are_those_of_torch_distributions(shape_a, shape_b, same):
+    a, b = pair(std_of(shape_a, 2), std_of(shape_b, 2 if same else 3))
+    exact = {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(a.kl(b), kl_divergence(normal(a), normal(b)), **exact)
+    torch.testing.assert_close(a.log_prob(b.mean), normal(a).log_prob(b.mean), **exact)
+    assert a.kl(b).shape == a.log_prob(b.mean).shape == (2,)
+    assert torch.equal(a.kl(a), torch.zeros(2, dtype=torch.float64))
+
+
+def test_kl_is_of_any_sample_shape():
+    a, b = Transition(torch.zeros(4, 2), torch.tensor(0.5)), Transition(torch.ones(4, 2), torch.tensor(0.5))
+    assert torch.equal(a.kl(b), torch.full((4,), 2 * 1 / (2 * 0.25)))
+
+
+def test_kl_gradient_is_the_difference_over_the_variance():
+    a, b = pair(std_of((), 2), std_of((), 2))
+    mean = a.mean.clone().requires_grad_()
+    Transition(mean, a.std).kl(b).sum().backward()
+    torch.testing.assert_close(mean.grad, (a.mean - b.mean) / a.std**2, rtol=1e-12, atol=1e-12)
+
+
+def test_a_sample_carries_gradients_to_mean_and_std():
+    mean, noise = tensors(4)
+    mean.requires_grad_()
+    std = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    sample = Transition(mean, std).sample(noise=noise)
+    assert torch.equal(sample, mean + 0.7 * noise)
+    weights = torch.arange(sample.numel(), dtype=torch.float64).reshape(SHAPE)
+    (weights * sample).sum().backward()
+    assert torch.equal(mean.grad, weights)
+    torch.testing.assert_close(std.grad, (weights * noise).sum(), rtol=1e-12, atol=0)
+
+
+def test_a_sample_follows_its_generator_and_its_law():
+    law = Transition(torch.full((1000, 8), 3.0, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64))
+    draws = [law.sample(torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    count = draws[0].numel()
+    assert abs(draws[0].mean() - 3.0) < 4 * 0.5 / count**0.5
+    assert abs(draws[0].std() - 0.5) < 4 * 0.5 / (2 * count) ** 0.5
+
+
+def test_a_deterministic_step_has_no_density_and_no_kl():
+    a, b = pair(torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64))
+    assert a.is_deterministic
+    assert torch.equal(a.kl(b), torch.zeros(2, dtype=torch.float64))
+    assert torch.equal(a.sample(torch.Generator().manual_seed(0)), a.mean)
+    with pytest.raises(ValueError, match="no density"):
+        a.log_prob(a.mean)
+
+
+def test_gradients_flow_through_a_transition_to_output_and_state():
+    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(10)
+    output, x = tensors(5)
+    output.requires_grad_()
+    x.requires_grad_()
+    inputs = (output[:1, :1, :2, :2], x[:1, :1, :2, :2])
+    assert torch.autograd.gradcheck(lambda output, x: transition(scheduler, output, 500, x).mean, inputs)
+
+
+def test_single_precision_stays_single():
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(10)
+    output, x = (value.float() for value in tensors(6))
+    result = transition(scheduler, output, scheduler.timesteps[2], x)
+    assert result.mean.dtype == result.std.dtype == torch.float32

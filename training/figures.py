@@ -1,0 +1,104 @@
+"""Pictures that a finished run leaves behind: sample grid, curves, confusion matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+from diffusers_ctrl.policy import Policy  # noqa: E402
+from diffusers_ctrl.rollouts import Environment, rollout  # noqa: E402
+
+
+@torch.no_grad()
+def sample_rows(
+    policy: Policy, environment: Environment, columns: int = 10, seed: int = 0, gamma: float | None = None
+) -> torch.Tensor:
+    """Images (1 + M, columns, C, H, W): the base, then each label, every row from the same noise and the same prompts."""
+    prompts = torch.arange(columns) % environment.num_prompts
+    device = environment.labels.device
+    rows = []
+    for label in (None, *range(len(environment.labels))):
+        generator = torch.Generator(device).manual_seed(seed)
+        batch = environment.batch(torch.full((columns,), label or 0), prompts, generator)
+        trajectory = rollout(policy, environment.sampler, batch, generator, tuned=label is not None, reference=False)
+        rows.append(environment.decode(trajectory.sample).float().cpu())
+    return torch.stack(rows)
+
+
+def plot_samples(rows: torch.Tensor, names: Sequence[str], path: Path, title: str = "") -> None:
+    """Draws `sample_rows` with the row's name at its left."""
+    count, columns = rows.shape[:2]
+    figure, axes = plt.subplots(count, columns, figsize=(columns * 0.8 + 1.0, count * 0.85 + 0.3), squeeze=False)
+    for i, row in enumerate(rows):
+        for axis, image in zip(axes[i], row, strict=True):
+            picture = image.permute(1, 2, 0).clamp(0, 1).numpy()
+            axis.imshow(picture.squeeze(-1) if picture.shape[-1] == 1 else picture, interpolation="nearest", cmap="gray")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            for spine in axis.spines.values():
+                spine.set_color("#cccccc")
+        axes[i][0].set_ylabel(names[i], rotation=0, ha="right", va="center", fontsize=11)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    _save(figure, path)
+
+
+def plot_curves(history: Sequence[dict[str, float]], log_partition: float | None, path: Path) -> None:
+    """J against log Z, reward and KL, by seconds of training."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+    seconds = np.array([row["seconds"] for row in history])
+
+    def smooth(values: list[float]) -> np.ndarray:
+        out, mean = [], values[0]
+        for value in values:
+            mean = 0.9 * mean + 0.1 * value
+            out.append(mean)
+        return np.array(out)
+
+    objective = [row["objective"] for row in history]
+    left.plot(seconds, objective, color="#9ecae1", lw=0.8)
+    left.plot(seconds, smooth(objective), color="#08519c", label="J (smoothed)")
+    if log_partition is not None:
+        left.axhline(log_partition, color="black", ls="--", lw=1, label="log Z")
+        left.set_ylim(max(min(objective), log_partition - 4), log_partition + 1)
+    left.set_xlabel("seconds of training")
+    left.set_ylabel("nats")
+    left.legend()
+    right.plot(seconds, smooth([row["kl"] for row in history]), color="#a63603", label="KL to the base")
+    right.plot(seconds, -smooth([row["reward"] for row in history]), color="#31a354", label="−log p̂(y | x)")
+    right.set_ylim(0, 6)
+    right.set_xlabel("seconds of training")
+    right.set_ylabel("nats")
+    right.legend()
+    _save(figure, path)
+
+
+def plot_confusion(confusion: torch.Tensor, names: Sequence[str], path: Path) -> None:
+    """Rows: label asked for; columns: the label measured by the oracle; each row a distribution."""
+    share = (confusion / confusion.sum(1, keepdim=True).clamp_min(1)).numpy()
+    figure, axis = plt.subplots(figsize=(1.2 + 0.9 * len(names), 1.0 + 0.8 * len(names)))
+    axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    axis.set_xticks(range(len(names)), names)
+    axis.set_yticks(range(len(names)), names)
+    for i in range(len(names)):
+        for j in range(len(names)):
+            axis.text(j, i, f"{share[i, j]:.2f}", ha="center", va="center", color="white" if share[i, j] > 0.6 else "black")
+    axis.set_xlabel("measured")
+    axis.set_ylabel("asked for")
+    _save(figure, path)
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    figure.tight_layout()
+    temporary = path.with_name(path.stem + ".tmp.png")
+    figure.savefig(temporary, dpi=130)
+    plt.close(figure)
+    temporary.replace(path)

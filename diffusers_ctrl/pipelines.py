@@ -133,7 +133,7 @@ class CTRLPipeline(DiffusionPipeline):
         denoiser.requires_grad_(False)
         self._ctrl_hook = add_strength_hook(denoiser, label_hook, adapter_name)
         self._ctrl_config, self._ctrl_classifier, self._ctrl_name = adapter.config, adapter.classifier, adapter_name
-        self.register_modules(label_encoder=adapter.label_encoder.to(denoiser.device, denoiser.dtype))
+        self.register_modules(label_encoder=adapter.label_encoder.to(denoiser.device))
         if adapter.classifier is not None:
             adapter.classifier.to(denoiser.device)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from .injection import DEFAULT_TARGETS, add_label_hook, add_lora, find_injection_site, lora_disabled, lora_layers, site_width
@@ -56,7 +59,9 @@ class Policy(nn.Module):
         self.guidance_scale = guidance_scale
         self.checkpointing = checkpointing
         self._hook = add_label_hook(denoiser, injection_site)
-        self._lora = list(lora_layers(denoiser).values())
+        self._lora_layers = lora_layers(denoiser)
+        self._lora = list(self._lora_layers.values())
+        self._merged: dict[str, torch.Tensor] | None = None
 
     @property
     def label_space(self) -> LabelSpace:
@@ -98,7 +103,10 @@ class Policy(nn.Module):
     def _tuned(self, sample, timestep, prompt_embeds, null_embeds, embedding) -> torch.Tensor:
         self._hook.embedding = embedding
         try:
-            return self._guided(sample, timestep, prompt_embeds, null_embeds)
+            if self._merged is None:
+                return self._guided(sample, timestep, prompt_embeds, null_embeds)
+            with lora_disabled(self._lora):
+                return self._guided(sample, timestep, prompt_embeds, null_embeds, self._merged)
         finally:
             self._hook.embedding = None
 
@@ -106,18 +114,39 @@ class Policy(nn.Module):
         with lora_disabled(self._lora):
             return self._guided(sample, timestep, prompt_embeds, null_embeds)
 
-    def _guided(self, sample, timestep, prompt_embeds, null_embeds) -> torch.Tensor:
+    @contextmanager
+    def merged(self, enabled: bool = True) -> Iterator[None]:
+        """Within the block the tuned model runs with W + BA computed once, in place of W and two more layers beside each.
+
+        The same function of the same parameters, gradients included, at about half the cost on small models; worth it wherever
+        the base's weights are float32 and the parameters do not change within the block (one update, or sampling).
+        """
+        layers = self._lora_layers if enabled else {}
+        if layers:
+            self._merged = {
+                f"{name}.base_layer.weight": layer.get_base_layer().weight + layer.get_delta_weight(layer.active_adapters[0])
+                for name, layer in layers.items()
+            }
+        try:
+            yield
+        finally:
+            self._merged = None
+
+    def _guided(self, sample, timestep, prompt_embeds, null_embeds, weights=None) -> torch.Tensor:
         if self.guidance_scale == 1.0 or prompt_embeds is None:
-            return self._denoise(sample, timestep, prompt_embeds)
+            return self._denoise(sample, timestep, prompt_embeds, weights)
         if null_embeds is None:
             raise ValueError(f"guidance_scale={self.guidance_scale} needs null_embeds beside prompt_embeds.")
-        both = self._denoise(torch.cat([sample, sample]), timestep, torch.cat([null_embeds, prompt_embeds]))
+        both = self._denoise(torch.cat([sample, sample]), timestep, torch.cat([null_embeds, prompt_embeds]), weights)
         unconditional, conditional = both.chunk(2)
         return unconditional + self.guidance_scale * (conditional - unconditional)
 
-    def _denoise(self, sample, timestep, prompt_embeds) -> torch.Tensor:
+    def _denoise(self, sample, timestep, prompt_embeds, weights) -> torch.Tensor:
         kwargs: dict[str, Any] = {} if prompt_embeds is None else {"encoder_hidden_states": prompt_embeds}
-        output = self.denoiser(sample, timestep, **kwargs)
+        if weights is None:
+            output = self.denoiser(sample, timestep, **kwargs)
+        else:
+            output = functional_call(self.denoiser, weights, (sample, timestep), kwargs)
         return output if isinstance(output, torch.Tensor) else output.sample
 
     def trainable_parameters(self) -> dict[str, list[nn.Parameter]]:

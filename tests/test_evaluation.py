@@ -1,0 +1,111 @@
+"""The certificate on a problem with a known log Z, for good and bad tuned models; the exact law from reweighted base samples."""
+
+import math
+
+import pytest
+import torch
+from problems import GaussianDenoiser, GaussianLikelihood, affine_steps, cosine_scheduler, exact_log_partition, posterior_moments
+
+from diffusers_ctrl import Categorical, LabelSpace, Policy
+from diffusers_ctrl.evaluation import certificate, confusion_matrix, draw_samples, evaluate, exact_law
+from diffusers_ctrl.rollouts import Environment, Sampler
+
+
+OBSERVATIONS, NOISE, PRIOR = (-0.4, 1.0), 0.6, (0.3, 0.8)
+
+
+def gaussian(perturb: float, gamma: float = 1.0, seed: int = 0) -> tuple[Policy, Environment]:
+    torch.manual_seed(seed)
+    scheduler = cosine_scheduler()
+    policy = Policy(
+        GaussianDenoiser(*PRIOR, scheduler), label_space=LabelSpace(y=Categorical(("low", "high"))), lora_rank=1, lora_targets=["shift"]
+    )
+    for group in policy.trainable_parameters().values():
+        for parameter in group:
+            parameter.data += perturb * torch.randn_like(parameter)
+    sampler = Sampler(scheduler, 20, {"eta": 1.0})
+    labels = torch.tensor([[0.0], [1.0]])
+    return policy, Environment(sampler, (1,), GaussianLikelihood(OBSERVATIONS, NOISE), labels, gamma)
+
+
+def known_log_z(environment: Environment) -> float:
+    steps = affine_steps(*PRIOR, environment.sampler)
+    return sum(exact_log_partition(steps, y, NOISE, environment.gamma) for y in OBSERVATIONS) / 2
+
+
+@pytest.mark.parametrize("perturb", [0.0, 0.1, 0.2])
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+def test_log_z_is_found_whatever_the_tuned_model_and_j_is_below_it(perturb, gamma):
+    for seed in range(3):
+        policy, environment = gaussian(perturb, gamma, seed)
+        samples = draw_samples(policy, environment, 4000, torch.Generator().manual_seed(seed), batch_size=8000, progress=False)
+        found, exact = certificate(samples, gamma), known_log_z(environment)
+        assert abs(found.log_partition - exact) < 4 * found.log_partition_se
+        assert found.objective < exact + 3 * found.objective_se
+        assert found.gap > -3 * found.gap_se
+        assert math.isclose(found.gap, found.log_partition - found.objective, abs_tol=1e-9)
+
+
+def test_a_worse_model_has_a_larger_gap_and_a_smaller_ess():
+    def at(perturb: float):
+        policy, environment = gaussian(perturb)
+        return certificate(draw_samples(policy, environment, 2000, torch.Generator().manual_seed(0), progress=False), 1.0)
+
+    good, bad = at(0.0), at(2.0)
+    assert bad.gap > good.gap + 0.1
+    assert bad.ess < good.ess
+    assert not good.is_lower_bound
+
+
+def test_standard_errors_are_the_spread_over_repetitions():
+    policy, environment = gaussian(0.1)
+    found = [
+        certificate(draw_samples(policy, environment, 200, torch.Generator().manual_seed(s), progress=False), 1.0) for s in range(60)
+    ]
+    for name in ("objective", "log_partition", "gap"):
+        values = torch.tensor([getattr(c, name) for c in found])
+        claimed = torch.tensor([getattr(c, f"{name}_se") for c in found]).mean()
+        assert 0.7 < (values.std() / claimed).item() < 1.4, name
+
+
+def test_few_effective_samples_are_flagged():
+    policy, environment = gaussian(0.0)
+    assert certificate(draw_samples(policy, environment, 8, torch.Generator().manual_seed(0), progress=False), 1.0).is_lower_bound
+
+
+def test_the_exact_law_from_base_samples():
+    policy, environment = gaussian(0.0)
+    base = draw_samples(policy, environment, 20000, torch.Generator().manual_seed(1), tuned=False, batch_size=40000, progress=False)
+
+    def oracle(x: torch.Tensor) -> torch.Tensor:
+        return (x[:, 0] > 0.3).long()
+
+    found = exact_law(base, environment, oracle)
+    assert abs(found["base_log_partition"] - known_log_z(environment)) < 4 * found["base_log_partition_se"]
+    steps, expected = affine_steps(*PRIOR, environment.sampler), 0.0
+    for row, y in enumerate(OBSERVATIONS):
+        mean, variance = posterior_moments(steps, y, NOISE)
+        below = 0.5 * (1 + math.erf((0.3 - mean) / math.sqrt(2 * variance)))
+        expected += (below if row == 0 else 1 - below) / 2
+    assert abs(found["exact_accuracy"] - expected) < 4 * found["exact_accuracy_se"] + 1e-3
+
+
+def test_accuracy_and_macro_f1_agree_with_scikit_learn():
+    from sklearn.metrics import accuracy_score, f1_score
+
+    policy, environment = gaussian(0.2)
+    generator = torch.Generator().manual_seed(0)
+    tuned = draw_samples(policy, environment, 300, generator, progress=False)
+    base = draw_samples(policy, environment, 300, generator, tuned=False, progress=False)
+
+    def oracle(x: torch.Tensor) -> torch.Tensor:
+        return (x[:, 0] > 0.3).long()
+
+    out = evaluate(tuned, base, environment, ["low", "high"], oracle=oracle)
+    found = oracle(tuned.images)
+    assert math.isclose(out["accuracy"], accuracy_score(tuned.label_rows, found))
+    assert math.isclose(out["macro_f1"], f1_score(tuned.label_rows, found, average="macro"))
+    assert confusion_matrix(tuned.label_rows, found, 2).sum() == 600
+    for name in ("accuracy", "macro_f1", "log_likelihood", "kl", "objective", "log_partition", "gap"):
+        assert out[f"{name}_se"] > 0
+    assert {"base_accuracy", "exact_accuracy", "ess", "by_label.low.gap", "by_label.high.accuracy"} <= set(out)

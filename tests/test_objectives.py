@@ -1,0 +1,237 @@
+"""The objectives' gradients, against each other and against finite differences in float64; and the closed-form Gaussian problem."""
+
+import math
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from problems import (
+    GaussianDenoiser,
+    GaussianLikelihood,
+    affine_steps,
+    best_objective,
+    cosine_scheduler,
+    exact_log_partition,
+    posterior_moments,
+)
+
+from diffusers_ctrl import Categorical, CTRLConfig, CTRLTrainer, LabelSpace, Policy
+from diffusers_ctrl.evaluation import certificate, draw_samples
+from diffusers_ctrl.objectives import NonFiniteError, adjoint_matching, direct_backprop
+from diffusers_ctrl.rollouts import Environment, Sampler
+
+
+SPACE = LabelSpace(kind=Categorical(("a", "b", "c")))
+
+
+def tiny_policy(guidance_scale: float = 1.0, perturb: float = 0.0, checkpointing: bool = False) -> Policy:
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=4,
+        in_channels=2,
+        out_channels=2,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    policy = Policy(
+        unet,
+        label_space=SPACE,
+        lora_rank=2,
+        lora_targets=["to_q", "to_v", "conv1", "time_emb_proj"],
+        guidance_scale=guidance_scale,
+        checkpointing=checkpointing,
+    ).double()
+    if perturb:
+        generator = torch.Generator().manual_seed(1)
+        for group in policy.trainable_parameters().values():
+            for parameter in group:
+                parameter.data += perturb * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return policy
+
+
+def tiny_environment(steps: int = 5, options: dict | None = None, gamma: float = 1.3) -> Environment:
+    generator = torch.Generator().manual_seed(2)
+    weights = torch.randn(3, 32, generator=generator, dtype=torch.float64)
+
+    def reward(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        scores = (torch.tanh(x.flatten(1)) @ weights.T).log_softmax(dim=1)
+        return scores.gather(1, labels.long()).squeeze(1)
+
+    return Environment(
+        Sampler(cosine_scheduler(), steps, options or {"eta": 1.0}),
+        (2, 4, 4),
+        reward,
+        torch.tensor([[0.0], [1.0], [2.0]]),
+        gamma,
+        prompt_embeds=torch.randn(2, 3, 8, generator=generator, dtype=torch.float64),
+        null_embeds=torch.randn(1, 3, 8, generator=generator, dtype=torch.float64),
+    )
+
+
+def gradient(objective, policy, environment, **options) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    batch = environment.draw(6, generator)
+    policy.zero_grad()
+    loss, _ = objective(policy, environment.sampler, batch, environment.log_likelihood, generator, **options)
+    loss.backward()
+    groups = policy.trainable_parameters()
+    return torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for g in groups.values() for p in g])
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_adjoint_and_full_backprop_have_the_same_gradient_at_the_start(guidance_scale):
+    policy, environment = tiny_policy(guidance_scale), tiny_environment()
+    direct = gradient(direct_backprop, policy, environment)
+    adjoint = gradient(adjoint_matching, policy, environment)
+    assert direct.norm() > 1e-3
+    assert (direct - adjoint).norm() / direct.norm() < 1e-10
+
+
+def test_adjoint_paired_with_its_own_step_would_be_wrong():
+    """The control of step k goes with adjoint k + 1; k is visibly another gradient, so the test above can tell them apart."""
+    from diffusers_ctrl import objectives
+
+    policy, environment = tiny_policy(), tiny_environment()
+    right = gradient(adjoint_matching, policy, environment)
+    original = objectives.lean_adjoint
+
+    def shifted(*args):
+        adjoints, means, reward = original(*args)
+        return [adjoints[0], *adjoints[:-1]], means, reward
+
+    objectives.lean_adjoint = shifted
+    try:
+        wrong = gradient(adjoint_matching, policy, environment)
+    finally:
+        objectives.lean_adjoint = original
+    assert (wrong - right).norm() / right.norm() > 0.02
+
+
+@pytest.mark.parametrize("guidance_scale, checkpointing", [(1.0, False), (2.0, True)])
+def test_full_backprop_against_finite_differences_of_j(guidance_scale, checkpointing):
+    policy, environment = tiny_policy(guidance_scale, perturb=0.1, checkpointing=checkpointing), tiny_environment()
+    direct = gradient(direct_backprop, policy, environment)
+    parameters = [p for group in policy.trainable_parameters().values() for p in group]
+    direction = torch.randn(direct.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+
+    def loss_at(step: float) -> float:
+        offset = 0
+        for p in parameters:
+            p.data += step * direction[offset : offset + p.numel()].view_as(p)
+            offset += p.numel()
+        generator = torch.Generator().manual_seed(3)
+        batch = environment.draw(6, generator)
+        _, metrics = direct_backprop(policy, environment.sampler, batch, environment.log_likelihood, generator)
+        offset = 0
+        for p in parameters:
+            p.data -= step * direction[offset : offset + p.numel()].view_as(p)
+            offset += p.numel()
+        return -metrics["objective"]
+
+    h = 1e-5
+    numeric = (loss_at(h) - loss_at(-h)) / (2 * h)
+    assert math.isclose(numeric, (direct @ direction).item(), rel_tol=1e-5, abs_tol=1e-7)
+
+
+def test_merged_lora_is_the_same_function_with_the_same_gradient():
+    environment = tiny_environment()
+    for objective in (direct_backprop, adjoint_matching):
+        policy = tiny_policy(perturb=0.1)
+        plain = gradient(objective, policy, environment)
+        with policy.merged():
+            merged = gradient(objective, policy, environment)
+        assert (plain - merged).norm() / plain.norm() < 1e-10
+
+
+def test_regression_on_a_random_subset_of_steps_is_unbiased():
+    policy, environment = tiny_policy(perturb=0.1), tiny_environment()
+    batch = environment.draw(6, torch.Generator().manual_seed(5))
+    whole = gradient(adjoint_matching, policy, environment)
+    assert gradient(adjoint_matching, policy, environment, num_regression_steps=4).allclose(whole)  # 5 steps, the last without noise
+    losses = []
+    for seed in range(40):
+        # the same trajectory, another subset: the noise of the rollout is drawn first
+        generator = torch.Generator().manual_seed(7)
+        torch.manual_seed(seed)
+        original = torch.randperm
+        torch.randperm = lambda n, seed=seed, original=original, **_: original(n, generator=torch.Generator().manual_seed(seed))
+        try:
+            loss, _ = adjoint_matching(
+                policy, environment.sampler, batch, environment.log_likelihood, generator, num_regression_steps=2
+            )
+        finally:
+            torch.randperm = original
+        losses.append(loss.item())
+    full, _ = adjoint_matching(policy, environment.sampler, batch, environment.log_likelihood, torch.Generator().manual_seed(7))
+    losses = torch.tensor(losses)
+    assert abs(losses.mean() - full.item()) < 4 * losses.std() / len(losses) ** 0.5 + 1e-9
+
+
+def test_truncation_changes_the_gradient_and_is_checked():
+    policy, environment = tiny_policy(perturb=0.1), tiny_environment()
+    whole = gradient(direct_backprop, policy, environment)
+    assert gradient(direct_backprop, policy, environment, truncation=5).allclose(whole)
+    assert not gradient(direct_backprop, policy, environment, truncation=2).allclose(whole, rtol=1e-2)
+    with pytest.raises(ValueError, match="truncation must be between 1 and the number of steps, 5"):
+        gradient(direct_backprop, policy, environment, truncation=6)
+    with pytest.raises(ValueError, match="num_regression_steps must be between 1"):
+        gradient(adjoint_matching, policy, environment, num_regression_steps=5)
+
+
+@pytest.mark.parametrize("objective", [direct_backprop, adjoint_matching])
+def test_a_nan_reward_is_an_error_that_names_the_rows(objective):
+    policy, environment = tiny_policy(), tiny_environment()
+    batch = environment.draw(6, None)
+
+    def broken(x, labels):
+        return environment.log_likelihood(x, labels) * torch.tensor([1, 1, float("nan"), 1, 1, 1.0])
+
+    with pytest.raises(NonFiniteError, match=r"NaN or infinite for 1 of 6 samples \(rows \[2\]\)"):
+        objective(policy, environment.sampler, batch, broken)
+
+
+@pytest.mark.parametrize("objective", ["direct_backprop", "adjoint_matching"])
+def test_gaussian_prior_and_likelihood_train_to_the_exact_posterior(objective, tmp_path):
+    """Closed form: the gap goes to 0 within its error, mean and variance of the samples to the exact ones within 0.02."""
+    torch.manual_seed(0)
+    observations, noise, prior = (-0.4, 1.0), 0.6, (0.3, 0.8)
+    scheduler = cosine_scheduler()
+    policy = Policy(
+        GaussianDenoiser(*prior, scheduler),
+        label_space=LabelSpace(y=Categorical(("low", "high"))),
+        lora_rank=1,
+        lora_targets=["slope", "shift", "linear_1", "linear_2"],
+    )
+    config = CTRLConfig(
+        output_dir=str(tmp_path),
+        num_inference_steps=50,
+        objective=objective,
+        batch_size=256,
+        max_updates=160,
+        learning_rate=2e-2,
+        label_learning_rate=2e-2,
+        checkpoint_every=0,
+        report_to="none",
+        merge_lora=True,
+    )
+    trainer = CTRLTrainer(policy, scheduler, GaussianLikelihood(observations, noise), config, shape=(1,))
+    steps = affine_steps(*prior, trainer.environment.sampler)
+    trainer.train()
+    samples = draw_samples(policy, trainer.environment, 4000, torch.Generator().manual_seed(9), batch_size=4000, progress=False)
+    found = certificate(samples, 1.0)
+    exact = sum(exact_log_partition(steps, y, noise) for y in observations) / 2
+    reachable = sum(best_objective(steps, y, noise) for y in observations) / 2
+    assert exact - reachable < 0.01  # what no Gaussian step of the base's variance can close at 50 steps
+    assert abs(found.log_partition - exact) < 3 * found.log_partition_se
+    assert found.gap < 3 * found.gap_se + (exact - reachable)
+    assert found.gap > -3 * found.gap_se
+    for row, y in enumerate(observations):
+        mean, variance = posterior_moments(steps, y, noise)
+        x = samples.images[samples.label_rows == row]
+        assert abs(x.mean().item() - mean) < 0.02 + 3 * (variance / len(x)) ** 0.5
+        assert abs(x.var().item() - variance) < 0.02 + 3 * variance * (2 / len(x)) ** 0.5

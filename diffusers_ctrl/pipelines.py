@@ -42,6 +42,7 @@ from .injection import (
 )
 from .labels import Label, LabelSpace
 from .rollouts import Sampler
+from .transitions import supported_schedulers
 
 
 HUB_KWARGS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only")
@@ -217,11 +218,21 @@ class CTRLPipeline(DiffusionPipeline):
         hook = self._ctrl_hook
         hook.embedding = self.label_encoder(labels, gamma)
         hook.strength = float(strength)
-        hook.base_timesteps = self._deterministic_timesteps({**kwargs, **given})
+        own_scheduler = self.scheduler
+        self.scheduler = self._labelled_scheduler()
         try:
+            hook.base_timesteps = self._deterministic_timesteps({**kwargs, **given})
             return super().__call__(*args, **kwargs)
         finally:
+            self.scheduler = own_scheduler
             hook.embedding, hook.strength, hook.base_timesteps = None, 1.0, frozenset()
+
+    def _labelled_scheduler(self) -> Any:
+        """The pipeline's scheduler, or, where that has no Gaussian step, the one that the adapter was trained with."""
+        sampler = self._ctrl_config.sampler
+        if type(self.scheduler).__name__ in supported_schedulers() or sampler["scheduler"] not in supported_schedulers():
+            return self.scheduler
+        return getattr(diffusers, sampler["scheduler"]).from_config(sampler["scheduler_config"])
 
     def _check_gamma(self, gamma: float | None) -> float | None:
         config = self._ctrl_config

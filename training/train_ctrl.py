@@ -8,6 +8,7 @@ With no arguments: the embedded digits base learns stroke width from 600 labelle
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 import sys
@@ -17,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 import yaml
 from accelerate import Accelerator
@@ -44,6 +46,7 @@ from diffusers_ctrl.trainer import _option  # noqa: E402
 from digits_data import write_digits_dataset  # noqa: E402
 from figures import plot_confusion, plot_curves, plot_samples, sample_rows  # noqa: E402
 from labelled_data import load_labelled_images  # noqa: E402
+from sampled_data import write_sampled_dataset  # noqa: E402
 
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "digits_stroke.yaml"
@@ -56,9 +59,13 @@ class TaskConfig:
     base: str = _option("digits-base", "Base pipeline: a folder, an embedded model's name, or a Hub id.")
     base_revision: str | None = _option(None, "Revision of the base on the Hub.")
     attribute: str = _option("stroke", "Name of the attribute that the labels are about.")
+    scheduler: str | None = _option(None, "diffusers scheduler class to use instead of the base's own, such as DDIMScheduler.")
     dataset: str = _option(
-        "digits:stroke", "Labelled images: a folder, a parquet file, a Hub id, or 'digits:ATTRIBUTE' for the embedded digits."
+        "digits:stroke",
+        "Labelled images: a folder, a parquet file, a Hub id, 'digits:ATTRIBUTE' for the embedded digits, or 'base-samples' for "
+        "the base's own samples, labelled by `labeller`.",
     )
+    labeller: str | None = _option(None, "module:function, images -> class, for dataset base-samples.")
     num_labels: int | None = _option(600, "How many labelled images are used, the first so many rows; null for all.")
     image_column: str = _option("image", "The dataset's image column.")
     label_column: str = _option("label", "The dataset's label column.")
@@ -80,6 +87,8 @@ class TaskConfig:
     def __post_init__(self) -> None:
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("--push_to_hub needs --hub_model_id USER/NAME.")
+        if self.dataset == "base-samples" and not (self.labeller and self.label_names and self.num_labels):
+            raise ValueError("dataset base-samples needs labeller, label_names and num_labels.")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[TaskConfig, CTRLConfig]:
@@ -175,6 +184,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False)
     fingerprint = denoiser_sha256(denoiser)
+    if task.scheduler is not None:
+        pipe.scheduler = getattr(diffusers, task.scheduler).from_config(pipe.scheduler.config)
     prompt_embeds, null_embeds = encode_prompts(pipe, task.prompts)
     shape, decode = latent_shape(pipe), decoder(pipe)
     size = task.resolution or shape[-1] * getattr(pipe, "vae_scale_factor", 1)
@@ -183,6 +194,20 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     dataset = task.dataset
     if dataset.startswith("digits:"):
         dataset = str(write_digits_dataset(output / "dataset", dataset.split(":", 1)[1], task.num_labels or 1797, config.seed))
+    if dataset == "base-samples":
+        dataset = str(output / "dataset")
+        if not (config.resume_from and (output / "dataset" / "train.parquet").is_file()):
+            settings = {
+                "num_inference_steps": config.num_inference_steps,
+                "guidance_scale": config.guidance_scale,
+                "eta": config.eta,
+            }
+            accepted = inspect.signature(pipe.__call__).parameters
+            settings = {key: value for key, value in settings.items() if key in accepted}
+            labeller = import_function(task.labeller)
+            write_sampled_dataset(
+                dataset, pipe, task.prompts, labeller, task.label_names, task.num_labels, seed=config.seed, **settings
+            )
     data = load_labelled_images(
         dataset,
         size,

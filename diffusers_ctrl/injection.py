@@ -119,10 +119,13 @@ def add_lora(
         rank_pattern=dict(rank_pattern or {}),
         alpha_pattern=alpha_pattern,
     )
+    if lora_layers(denoiser, adapter_name):
+        raise ValueError(f"This {type(denoiser).__name__} already carries a LoRA named {adapter_name!r}: take it out first.")
     denoiser.requires_grad_(False)
     try:
         inject_adapter_in_model(config, denoiser, adapter_name=adapter_name)
     except ValueError as error:
+        remove_lora(denoiser, adapter_name)
         raise ValueError(f"LoRA cannot be put on {type(denoiser).__name__} with targets {targets}: {error}") from error
 
 
@@ -161,10 +164,10 @@ def load_lora_state_dict(denoiser: nn.Module, state: dict[str, torch.Tensor], ad
     try:
         result = set_peft_model_state_dict(denoiser, state, adapter_name=adapter_name)
     except RuntimeError as error:
-        remove_lora(denoiser)
+        remove_lora(denoiser, adapter_name)
         raise ValueError(f"The LoRA does not fit {type(denoiser).__name__}: {str(error).splitlines()[-1].strip()}") from error
     if result.unexpected_keys:
-        remove_lora(denoiser)
+        remove_lora(denoiser, adapter_name)
         raise ValueError(f"The LoRA has keys that {type(denoiser).__name__} has no place for: {result.unexpected_keys[:3]}.")
 
 

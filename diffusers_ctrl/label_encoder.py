@@ -46,7 +46,9 @@ class LabelEncoder(ModelMixin, ConfigMixin):
         total = torch.zeros(len(labels), self.gamma_terms * self.config.embedding_dim, dtype=dtype, device=device)
         for column, (attribute, table) in enumerate(zip(self.label_space.attributes.values(), self.tables, strict=True)):
             given = ~labels[:, column].isnan()
-            value = labels[:, column].nan_to_num(0.0 if isinstance(attribute, Categorical) else attribute.low)
+            if isinstance(attribute, Categorical):
+                given = given & (labels[:, column] != -1)  # integer labels cannot be NaN: -1 is their "not given"
+            value = torch.where(given, labels[:, column], 0.0 if isinstance(attribute, Categorical) else attribute.low)
             if isinstance(attribute, Categorical):
                 embedded = table[value.long()]
             else:

@@ -24,6 +24,8 @@ class Categorical:
     names: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        if isinstance(self.names, str):
+            raise ValueError(f"A categorical attribute needs a list of names, got the string {self.names!r}.")
         names = tuple(self.names)
         object.__setattr__(self, "names", names)
         if len(names) < 2 or len(set(names)) != len(names) or not all(isinstance(n, str) and n for n in names):
@@ -142,7 +144,8 @@ class LabelSpace:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        return {name: attribute.to_dict() for name, attribute in self.attributes.items()}
+        """JSON-ready. Each attribute carries its column, because writers of JSON may sort the keys (diffusers' does)."""
+        return {name: {**attribute.to_dict(), "column": i} for i, (name, attribute) in enumerate(self.attributes.items())}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LabelSpace:
@@ -150,11 +153,15 @@ class LabelSpace:
         if not isinstance(data, Mapping):
             raise ValueError(f"A label space is a mapping of attributes, got {type(data).__name__}.")
         attributes: dict[str, Attribute] = {}
-        for name, spec in data.items():
+        columns = {name: spec.get("column", i) if isinstance(spec, Mapping) else i for i, (name, spec) in enumerate(data.items())}
+        if not all(isinstance(column, int) for column in columns.values()) or len(set(columns.values())) != len(columns):
+            raise ValueError(f"The label space's columns must be different integers, got {columns}.")
+        for name in sorted(columns, key=columns.__getitem__):
+            spec = data[name]
             kind = spec.get("type") if isinstance(spec, Mapping) else None
             try:
                 if kind == "categorical":
-                    attributes[name] = Categorical(tuple(spec["names"]))
+                    attributes[name] = Categorical(spec["names"])
                 elif kind == "continuous":
                     attributes[name] = Continuous(float(spec["low"]), float(spec["high"]), str(spec.get("unit", "")))
                 else:

@@ -63,8 +63,9 @@ def direct_backprop(
     steps for reward and KL). Truncation is biased: it cannot see what early steps do to the KL of later ones.
     """
     steps = len(sampler.timesteps)
-    if truncation is not None and not 1 <= truncation <= steps:
-        raise ValueError(f"truncation must be between 1 and the number of steps, {steps}; got {truncation}.")
+    least = steps - sampler.noisy_steps[-1]  # the last steps may have no noise, and then nothing to tune
+    if truncation is not None and not least <= truncation <= steps:
+        raise ValueError(f"truncation must be between {least} and the number of steps, {steps}; got {truncation}.")
     trajectory = rollout(policy, sampler, batch, generator, grad_steps=truncation or steps)
     reward = _checked(log_likelihood(trajectory.sample, batch.labels))
     loss = (trajectory.kl - batch.gamma.to(reward) * reward).mean()

@@ -82,6 +82,8 @@ class Policy(nn.Module):
             sample: x_k, (B, C, *). timestep: t_k, one for the batch. labels: (B, A), NaN where not given. gamma: (B,) or float.
             prompt_embeds, null_embeds: (B, L, D), or None for an unconditional denoiser.
         """
+        if len(labels) != len(sample):
+            raise ValueError(f"Got {len(labels)} labels for {len(sample)} samples: one a sample is needed.")
         embedding = self.label_encoder(labels, gamma)
         return self._call(self._tuned, sample, timestep, prompt_embeds, null_embeds, embedding)
 

@@ -47,7 +47,7 @@ class Sampler:
         for t in self.timesteps:
             # a scheduler whose variance is learned can only be probed with the denoiser's own output
             learned = getattr(self.scheduler, "variance_type", None) in ("learned", "learned_range")
-            output = torch.zeros(1, 2 if learned else 1, 1, 1, dtype=torch.float64)
+            output = torch.ones(1, 2 if learned else 1, 1, 1, dtype=torch.float64)
             noisy.append(not self.transition(output, t, probe).is_deterministic)
         object.__setattr__(self, "noisy_steps", tuple(k for k, flag in enumerate(noisy) if flag))
         if not self.noisy_steps:

@@ -164,7 +164,8 @@ def _ddpm(scheduler: DDPMScheduler, output: torch.Tensor, t: int | torch.Tensor,
     state_weight = math.sqrt(1 - beta) * (1 - alpha_previous) / (1 - alpha)
     mean = clean_weight * clean + state_weight * x
     small = max((1 - alpha_previous) / (1 - alpha) * beta, 1e-20)
-    if t == 0:
+    if t == 0 or (alpha_previous == 1.0 and kind in ("fixed_small", "fixed_small_log")):
+        # onto the clean sample: the posterior variance is 0, and its clamp at 1e-20 is no noise either
         std = torch.zeros((), dtype=x.dtype, device=x.device)
     elif kind in ("fixed_small", "fixed_small_log"):
         std = torch.tensor(math.sqrt(small), dtype=x.dtype, device=x.device)

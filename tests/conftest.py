@@ -29,6 +29,8 @@ from transformers import CLIPTextConfig, CLIPTextModel  # noqa: E402
 TRAINING = Path(__file__).resolve().parents[1] / "training"
 sys.path.insert(0, str(TRAINING))
 
+from pretrain_digits import build_tokenizer  # noqa: E402
+
 from diffusers_ctrl import Categorical, Classifier, LabelSpace, Policy  # noqa: E402
 from diffusers_ctrl.adapters import (  # noqa: E402
     Adapter,
@@ -39,7 +41,6 @@ from diffusers_ctrl.adapters import (  # noqa: E402
     package_versions,
     save_adapter,
 )
-from pretrain_digits import build_tokenizer  # noqa: E402
 
 
 diffusers.utils.logging.disable_progress_bar()

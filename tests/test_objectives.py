@@ -177,7 +177,7 @@ def test_truncation_changes_the_gradient_and_is_checked():
     whole = gradient(direct_backprop, policy, environment)
     assert gradient(direct_backprop, policy, environment, truncation=5).allclose(whole)
     assert not gradient(direct_backprop, policy, environment, truncation=2).allclose(whole, rtol=1e-2)
-    with pytest.raises(ValueError, match="truncation must be between 1 and the number of steps, 5"):
+    with pytest.raises(ValueError, match="truncation must be between 2 and the number of steps, 5"):
         gradient(direct_backprop, policy, environment, truncation=6)
     with pytest.raises(ValueError, match="num_regression_steps must be between 1"):
         gradient(adjoint_matching, policy, environment, num_regression_steps=5)

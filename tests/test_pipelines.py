@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline
 from PIL import Image
 
 from diffusers_ctrl import CTRLPipeline, LabelEncoder
@@ -306,6 +306,29 @@ def test_eta_zero_warns_and_works(pipe, plain):
         assert torch.equal(draw(pipe, label="bold", eta=0.0, strength=0), base)
 
 
+def test_a_scheduler_without_noise_gives_way_while_there_is_a_label(sd_folder, sd_adapter, pipe):
+    """SD v1.5 comes with PNDM, which adds no noise: a label is drawn with the scheduler that the adapter was trained with."""
+    other, plain = CTRLPipeline.from_pretrained(sd_adapter), StableDiffusionPipeline.from_pretrained(sd_folder)
+    for each in (other, plain):
+        each.scheduler = PNDMScheduler.from_config(each.scheduler.config, skip_prk_steps=True)
+    scheduler = other.scheduler
+    assert torch.equal(draw(other, label="bold"), draw(pipe, label="bold"))
+    assert other.scheduler is scheduler
+    with pytest.raises(ValueError, match="Unknown label"):
+        draw(other, label="fat")
+    with pytest.raises(ZeroDivisionError):
+        draw(other, label="bold", callback_on_step_end=lambda *_: 1 / 0)
+    assert other.scheduler is scheduler
+    assert torch.equal(draw(other, num_inference_steps=4), draw(plain, num_inference_steps=4))
+
+
+def test_another_scheduler_with_noise_is_kept(sd_adapter, pipe):
+    other = CTRLPipeline.from_pretrained(sd_adapter)
+    other.scheduler = DDPMScheduler.from_config(other.scheduler.config)
+    assert not torch.equal(draw(other, label="bold"), draw(pipe, label="bold"))
+    assert not torch.equal(draw(other, label="bold"), draw(other, num_inference_steps=4, guidance_scale=1.0))
+
+
 def test_a_labelled_call_gives_no_warning(pipe):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -431,9 +454,7 @@ def lora_with(lora, case):
 
 
 @pytest.mark.parametrize("adapter_name", ["default", "stroke"])
-@pytest.mark.parametrize(
-    "case", ["no such layer", "wrong shape", "not a layer for LoRA", "half a pair", "another weight", "empty"]
-)
+@pytest.mark.parametrize("case", ["no such layer", "wrong shape", "not a layer for LoRA", "half a pair", "another weight", "empty"])
 def test_a_lora_that_does_not_fit_is_refused(bare, plain, sd_adapter, adapter, adapter_name, case):
     lora, message = lora_with(adapter.lora, case)
     refuse(bare, replace(adapter, lora=lora), message, adapter_name=adapter_name)

@@ -295,13 +295,14 @@ def test_the_gradient_is_that_of_the_last_steps_from_a_fixed_state(grad_steps):
     generator = seeded()
     noises = [randn_tensor(batch.noise.shape, generator=generator, dtype=torch.float64) for _ in range(3)]
     first = 4 - grad_steps
-    x, kl = result.states[first].detach(), 0.0
+    x, kl, pretrained = result.states[first].detach(), 0.0, unconditional()
     for k in range(first, 4):
-        base = base_transition(policy, sampler, batch, k, x)
+        t = sampler.timesteps[k]
+        base = sampler.transition(pretrained(x, t).sample, t, x)
         if k == 3:
             x = base.mean
             continue
-        tuned = tuned_transition(policy, sampler, batch, k, x)
+        tuned = sampler.transition(policy(x, t, batch.labels), t, x)
         kl = kl + ((tuned.mean - base.mean) ** 2).sum() / (2 * tuned.std**2)
         x = tuned.mean + tuned.std * noises[k]
     by_hand = gradient_of(policy, x.square().sum() + kl)

@@ -1,0 +1,431 @@
+"""The training command, from a YAML file to an adapter that a pipeline loads, at smoke size; and what it says of bad settings."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import train_ctrl
+import yaml
+from accelerate.state import AcceleratorState
+from diffusers import PNDMScheduler, StableDiffusionPipeline
+from PIL import Image
+
+from diffusers_ctrl import CTRLPipeline
+from diffusers_ctrl.adapters import load_adapter
+from digits_data import PROMPTS
+
+
+pytestmark = pytest.mark.usefixtures("datasets_cache")
+
+CONFIGS = Path(train_ctrl.__file__).parent / "configs"
+LABELS = ("thin", "regular", "bold")
+
+
+def settings(folder, output, **changes):
+    """A run of two updates on the tiny base in `folder`."""
+    return {
+        "base": str(folder),
+        "attribute": "stroke",
+        "dataset": "digits:stroke",
+        "num_labels": 40,
+        "prompts": list(PROMPTS[:2]),
+        "classifier_size": 8,
+        "classifier_widths": [4, 4],
+        "classifier_epochs": 2,
+        "oracle": "digits_data:stroke_oracle",
+        "prompt_oracle": "digits_data:prompt_oracle",
+        "eval_samples": 6,
+        "base_samples": 18,
+        "output_dir": str(output),
+        "num_inference_steps": 4,
+        "lora_rank": 2,
+        "batch_size": 4,
+        "max_updates": 2,
+        "checkpoint_every": 1,
+        "sample_every": 2,
+        "report_to": "none",
+        **changes,
+    }
+
+
+def write_config(path, **values):
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def smoke(base_folder, work, *arguments, **changes):
+    """Runs the command with a YAML file in `work` and the arguments; returns the output folder."""
+    work.mkdir(parents=True, exist_ok=True)
+    config = write_config(work / "smoke.yaml", **settings(base_folder, work / "run", **changes))
+    train_ctrl.main(["--config", config, *arguments])
+    return work / "run"
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate keeps its precision for the whole process; here each run is one of its own."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def run(sd_folder, tmp_path_factory, datasets_cache):
+    """A finished run of the default objective; to be read only."""
+    return smoke(sd_folder, tmp_path_factory.mktemp("cli"), report_to="tensorboard")
+
+
+def draw(pipe, **kwargs):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(PROMPTS[0], generator=torch.Generator().manual_seed(0), output_type="pt", **kwargs).images
+
+
+# -- a whole run --
+
+
+def test_what_a_run_writes(run):
+    for name in (
+        "pytorch_lora_weights.safetensors",
+        "label_encoder/config.json",
+        "label_encoder/diffusion_pytorch_model.safetensors",
+        "classifier/config.json",
+        "classifier/diffusion_pytorch_model.safetensors",
+        "ctrl_config.json",
+        "README.md",
+        "samples.png",
+        "metrics.json",
+        "curves.png",
+        "confusion.png",
+        "history.json",
+        "grids/update-000002.png",
+        "checkpoints/checkpoint-000002/trainer_state.safetensors",
+    ):
+        assert (run / name).is_file(), name
+    assert list(run.rglob("events.out.tfevents.*"))
+    assert not [path for path in run.rglob("*") if ".tmp" in path.name]
+    assert not [path for path in run.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
+    for picture in run.rglob("*.png"):
+        with Image.open(picture) as image:
+            assert len(image.convert("L").getcolors(10**6)) > 10  # something is drawn
+
+
+def test_the_names_in_metrics_json(run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    measured = ("accuracy", "macro_f1", "log_likelihood", "prompt_accuracy")
+    for name in (*measured, "kl", "objective", "log_partition", "gap"):
+        assert math.isfinite(metrics[name]), name
+        assert metrics[f"{name}_se"] >= 0, name
+    for name in (*measured, "log_partition"):
+        assert math.isfinite(metrics[f"base_{name}"]), name
+        assert metrics[f"base_{name}_se"] >= 0, name
+    assert 0 <= metrics["exact_accuracy"] <= 1
+    assert metrics["ess"] >= 1
+    for label in LABELS:
+        for name in ("accuracy", "kl", "log_likelihood", "objective", "log_partition", "gap"):
+            assert math.isfinite(metrics[f"by_label.{label}.{name}"]), (label, name)
+    for name in ("classifier", "train", "evaluate"):
+        assert metrics[f"seconds_{name}"] > 0
+    assert (metrics["updates"], metrics["num_labels"], metrics["seed"]) == (2, 40, 0)
+    assert metrics["versions"]["diffusers"]
+    nested = [name for name, value in metrics.items() if isinstance(value, (dict, list))]
+    assert nested == ["versions"]
+    assert metrics["gap"] == pytest.approx(metrics["log_partition"] - metrics["objective"])
+    assert json.loads((run / "ctrl_config.json").read_text())["metrics"] == metrics
+
+
+def test_the_config_of_the_adapter(run, sd_folder):
+    adapter = load_adapter(run)
+    assert adapter.config.base["id"] == str(sd_folder)
+    assert adapter.config.label_space == {"stroke": {"type": "categorical", "names": list(LABELS)}}
+    assert adapter.config.sampler["num_inference_steps"] == 4
+    assert adapter.config.sampler["options"] == {"eta": 1.0}
+    assert all(value.any() for key, value in adapter.lora.items() if "lora_B" in key)  # it was trained
+    assert adapter.label_encoder.tables[0].any()
+
+
+def test_the_card(run):
+    text = (run / "README.md").read_text()
+    _, header, body = text.split("---\n", 2)
+    data = yaml.safe_load(header)
+    assert data["library_name"] == "diffusers"
+    assert "gap" in body and "effective sample size" in body
+    assert PROMPTS[1] in body and "'bold'" in body
+    assert f"{json.loads((run / 'metrics.json').read_text())['gap']:.3f}" in body
+
+
+def test_the_history(run):
+    history = json.loads((run / "history.json").read_text())
+    assert [row["update"] for row in history] == [1, 2]
+    assert all(math.isfinite(row[name]) for row in history for name in ("objective", "reward", "kl", "grad_norm"))
+    assert history[0]["kl"] == pytest.approx(0, abs=1e-6)  # the first update still samples from the base
+
+
+def test_a_pipeline_loads_the_run(run, sd_folder):
+    pipe = CTRLPipeline.from_pretrained(run)
+    assert list(pipe.label_space.attributes["stroke"].names) == list(LABELS)
+    base = draw(CTRLPipeline.from_pretrained(sd_folder), num_inference_steps=4, eta=1.0, guidance_scale=1.0)
+    assert torch.equal(draw(pipe, num_inference_steps=4, eta=1.0, guidance_scale=1.0), base)
+    assert not torch.equal(draw(pipe, label="bold"), base)
+    assert not torch.equal(draw(pipe, label="bold"), draw(pipe, label="thin"))
+
+
+def test_it_says_what_to_type_next(sd_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = write_config(tmp_path / "smoke.yaml", **settings(sd_folder, "runs/here", max_updates=1))
+    metrics = train_ctrl.main([f"--config={config}"])
+    out = capsys.readouterr().out
+    assert "accuracy" in out and "gap" in out and f"{metrics['gap']:.3f}" in out
+    code = out.split('python -c "')[1].split('"\n')[0]
+    exec(code)
+    assert Image.open(tmp_path / "bold.png").size == (16, 16)
+
+
+# -- resume --
+
+
+def test_resume_from_latest(run, sd_folder, tmp_path, capsys):
+    whole = smoke(sd_folder, tmp_path / "whole", max_updates=4)
+    first = tmp_path / "again"
+    shutil.copytree(whole, first / "run")
+    shutil.rmtree(first / "run" / "checkpoints" / "checkpoint-000004")
+    shutil.move(first / "run" / "checkpoints" / "checkpoint-000003", first / "run" / "checkpoints" / "checkpoint-000003.tmp")
+    # what is left is a half-written checkpoint only
+    with pytest.raises(ValueError, match="no checkpoint"):
+        smoke(sd_folder, first, "--resume_from", "latest", max_updates=4)
+    shutil.move(first / "run" / "checkpoints" / "checkpoint-000003.tmp", first / "run" / "checkpoints" / "checkpoint-000003")
+    capsys.readouterr()
+    resumed = smoke(sd_folder, first, "--resume_from", "latest", max_updates=4)
+    assert "at update 3" in capsys.readouterr().out
+    assert json.loads((resumed / "metrics.json").read_text())["updates"] == 4
+    assert [row["update"] for row in json.loads((resumed / "history.json").read_text())] == [1, 2, 3, 4]
+    ours, theirs = load_adapter(resumed), load_adapter(whole)
+    assert all(torch.equal(ours.lora[key], theirs.lora[key]) for key in ours.lora)
+    assert torch.equal(ours.label_encoder.tables[0], theirs.label_encoder.tables[0])
+
+
+def test_resume_goes_on_to_more_updates(run, sd_folder, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    resumed = smoke(sd_folder, tmp_path, "--resume_from", "latest", "--max_updates", "3")
+    assert json.loads((resumed / "metrics.json").read_text())["updates"] == 3
+    assert sorted(path.name for path in (resumed / "checkpoints").iterdir()) == ["checkpoint-000002", "checkpoint-000003"]
+    assert not all(
+        torch.equal(a, b) for a, b in zip(load_adapter(resumed).lora.values(), load_adapter(run).lora.values(), strict=True)
+    )
+
+
+def test_resume_from_nothing(sd_folder, tmp_path):
+    with pytest.raises(ValueError, match="there is no checkpoint"):
+        smoke(sd_folder, tmp_path, "--resume_from", "latest")
+
+
+# -- other recipes --
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--objective", "direct_backprop", "--truncation", "2"],
+        ["--objective", "direct_backprop", "--checkpointing", "true", "--guidance_scale", "2"],
+        ["--num_regression_steps", "2", "--merge_lora", "true", "--gradient_accumulation_steps", "2"],
+    ],
+)
+def test_recipes(sd_folder, tmp_path, arguments):
+    output = smoke(sd_folder, tmp_path, *arguments, oracle=None, prompt_oracle=None)
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["updates"] == 2 and math.isfinite(metrics["gap"])
+    assert "accuracy" not in metrics and not (output / "confusion.png").exists()  # nothing that an oracle did not measure
+    assert draw(CTRLPipeline.from_pretrained(output), label="thin").isfinite().all()
+
+
+def test_an_unconditional_base(ddpm_folder, tmp_path):
+    """DDPM pictures of 8x8, two attribute classes from a user's own folder of images."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    lines = []
+    for i in range(40):
+        Image.new("L", (8, 8), 20 * (i % 2) + 100).save(folder / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "shade": ("light", "dark")[i % 2]}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    output = smoke(
+        ddpm_folder,
+        tmp_path,
+        dataset=str(folder),
+        attribute="shade",
+        label_column="shade",
+        label_names=["light", "dark"],
+        prompts=[""],
+        oracle=None,
+        prompt_oracle=None,
+        lora_targets=["to_q", "to_v"],
+    )
+    pipe = CTRLPipeline.from_pretrained(output)
+    assert type(pipe).__name__ == "CTRLDDPMPipeline"
+    assert list(pipe.label_space.attributes["shade"].names) == ["light", "dark"]
+    assert pipe(label=["light", "dark"], output_type="np").images.shape == (2, 8, 8, 3)
+
+
+def quarter_by_brightness(images):
+    """A labeller: each batch's images in four classes of one size, the darkest first."""
+    return images.mean(dim=(1, 2, 3)).argsort().argsort() * 4 // len(images)
+
+
+@pytest.fixture(scope="module")
+def sd15(sd_folder, tmp_path_factory):
+    """The tiny base with the scheduler that Stable Diffusion v1.5 comes with."""
+    pipe = StableDiffusionPipeline.from_pretrained(sd_folder)
+    pipe.scheduler = PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny-sd15"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+SMALL = {
+    "num_labels": 40,
+    "prompts": list(PROMPTS[:2]),
+    "resolution": 16,
+    "classifier_size": 8,
+    "classifier_widths": [4, 4],
+    "classifier_epochs": 2,
+    "eval_samples": 4,
+    "base_samples": 8,
+    "num_inference_steps": 4,
+    "num_regression_steps": 2,
+    "batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "max_updates": 2,
+    "report_to": "none",
+}
+
+
+def test_the_compressibility_recipe(sd15, tmp_path):
+    """The paper's own setting, at a size for tests: the base's samples labelled by a function, bf16, guidance, checkpointing."""
+    recipe = yaml.safe_load((CONFIGS / "sd15_compressibility.yaml").read_text())
+    own = {"base": str(sd15), "output_dir": str(tmp_path / "run"), "labeller": f"{__name__}:quarter_by_brightness", "oracle": None}
+    train_ctrl.main(["--config", write_config(tmp_path / "small.yaml", **{**recipe, **SMALL, **own})])
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["updates"] == 2 and metrics["num_labels"] == 40
+    assert math.isfinite(metrics["gap"]) and math.isfinite(metrics["kl"])
+    pipe = CTRLPipeline.from_pretrained(tmp_path / "run")
+    assert list(pipe.label_space.attributes["compressibility"].names) == recipe["label_names"]
+    images = [draw(pipe, label=label) for label in ("largest", "smallest")]
+    assert images[0].isfinite().all() and not torch.equal(*images)
+    # the base keeps the scheduler it came with, and without a label it is the base
+    assert type(pipe.scheduler) is PNDMScheduler
+    assert torch.equal(
+        draw(pipe, num_inference_steps=4), draw(StableDiffusionPipeline.from_pretrained(sd15), num_inference_steps=4)
+    )
+
+
+def test_a_scheduler_without_a_gaussian_transition(sd15, tmp_path):
+    with pytest.raises(ValueError, match="PNDMScheduler"):
+        smoke(sd15, tmp_path)
+    assert not (tmp_path / "run" / "ctrl_config.json").exists()
+
+
+# -- bad settings: each is refused, and nothing is left that looks like an adapter --
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"learning_rat": 1.0}, r"smoke.yaml has unknown fields \['learning_rat'\]"),
+        ({"objective": "reinforce"}, "Unknown objective 'reinforce'.*adjoint_matching.*direct_backprop"),
+        ({"eta": 0.0}, "eta > 0"),
+        ({"push_to_hub": True}, "--hub_model_id"),
+        ({"base": "no/such-base"}, "no/such-base"),
+        ({"dataset": "no/such-dataset"}, "no/such-dataset"),
+        ({"dataset": "digits:colour"}, "colour.*slant.*stroke"),
+        ({"label_column": "colour"}, "no column 'colour'"),
+        ({"label_names": ["thin", "bold"]}, "'regular', which is not one of"),
+        ({"oracle": "digits_data:colour_oracle"}, "digits_data:colour_oracle"),
+        ({"lora_targets": ["nowhere"]}, "nowhere"),
+        ({"injection_site": "nowhere"}, "nowhere"),
+        ({"gamma": -1.0}, "gamma must be positive"),
+        ({"max_updates": 0}, "max_updates must be at least 1"),
+        ({"mixed_precision": "fp8"}, "mixed_precision must be"),
+        ({"dtype": "float8"}, "dtype"),
+        ({"scheduler": "NoScheduler"}, "NoScheduler"),
+        ({"dataset": "base-samples"}, "labeller"),
+    ],
+)
+def test_bad_settings(sd_folder, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        smoke(sd_folder, tmp_path, **changes)
+    assert not (tmp_path / "run" / "ctrl_config.json").exists()
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_bad_arguments(sd_folder, tmp_path):
+    config = write_config(tmp_path / "smoke.yaml", **settings(sd_folder, tmp_path / "run"))
+    for arguments, message in (
+        (["--objective", "reinforce"], "Unknown objective"),
+        (["--eta", "0"], "eta > 0"),
+        (["--push_to_hub"], "--hub_model_id"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_ctrl.main(["--config", config, *arguments])
+    with pytest.raises((ValueError, SystemExit)):
+        train_ctrl.main(["--config", config, "--learning_rat", "1"])
+
+
+@pytest.mark.parametrize("text", ["base: [", "- a\n- b\n", "just text"])
+def test_a_config_that_is_none(tmp_path, text):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ValueError, match="bad.yaml"):
+        train_ctrl.parse_arguments(["--config", str(tmp_path / "bad.yaml")])
+
+
+def test_a_config_that_is_missing(tmp_path):
+    with pytest.raises(ValueError, match="nowhere.yaml cannot be read"):
+        train_ctrl.parse_arguments(["--config", str(tmp_path / "nowhere.yaml")])
+
+
+# -- parsing --
+
+
+def test_the_command_line_wins_over_the_file(tmp_path):
+    config = write_config(tmp_path / "some.yaml", learning_rate=0.5, max_updates=7, prompts=["a", "b"], attribute="shade")
+    task, train = train_ctrl.parse_arguments(["--config", config, "--max_updates", "9", "--prompts", "c", "d e"])
+    assert (train.learning_rate, train.max_updates, task.prompts, task.attribute) == (0.5, 9, ["c", "d e"], "shade")
+    assert train.batch_size == train_ctrl.CTRLConfig().batch_size
+
+
+def test_numbers_as_yaml_reads_them(tmp_path):
+    (tmp_path / "some.yaml").write_text("learning_rate: 1e-3\nmax_grad_norm: 1\nnum_labels: null\n")  # 1e-3 is text to YAML 1.1
+    task, train = train_ctrl.parse_arguments(["--config", str(tmp_path / "some.yaml")])
+    assert train.learning_rate == 0.001 and isinstance(train.learning_rate, float)
+    assert train.max_grad_norm == 1 and task.num_labels is None
+
+
+@pytest.mark.parametrize(
+    "values", [{"batch_size": "many"}, {"batch_size": [1]}, {"batch_size": 2.5}, {"prompts": "a"}, {"eta": None}]
+)
+def test_values_of_the_wrong_type(tmp_path, values):
+    config = write_config(tmp_path / "some.yaml", **values)
+    with pytest.raises((ValueError, SystemExit)):
+        train_ctrl.parse_arguments(["--config", config])
+
+
+def test_no_arguments_are_the_digits_recipe():
+    task, train = train_ctrl.parse_arguments([])
+    assert (task.base, task.dataset, task.num_labels) == ("digits-base", "digits:stroke", 600)
+    assert train.output_dir == "runs/digits-stroke"
+    assert train.guidance_scale == 1 and train.gamma == 1 and train.eta == 1
+    assert task.prompts == list(PROMPTS)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_configs_parse(path):
+    task, train = train_ctrl.parse_arguments(["--config", str(path), "--seed", "3"])
+    assert train.seed == 3 and task.prompts
+    if path.stem.startswith("digits_"):
+        assert task.attribute == path.stem.removeprefix("digits_").split("_")[0]
+        assert task.dataset == f"digits:{task.attribute}"
+        assert task.base == "digits-base"
+    for name in (task.oracle, task.prompt_oracle):
+        if name is not None:
+            assert callable(train_ctrl.import_function(name))

@@ -1,0 +1,308 @@
+"""Labelled images in: the digits as written by the recipes, image folders, parquet files; and what is said of bad ones."""
+
+import io
+import json
+import struct
+import warnings
+import zlib
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from digits_data import ATTRIBUTES, drawn_digits, oracle, write_digits_dataset
+from labelled_data import load_labelled_images
+
+
+pytestmark = pytest.mark.usefixtures("datasets_cache")
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+LABELS = ["red", "green", "blue", "green", "red", "blue"]
+
+
+def picture(name, size=(8, 8)):
+    return Image.new("RGB", size, COLOURS[name])
+
+
+def write_folder(folder, labels=LABELS, key="label", pictures=None):
+    """An image folder with metadata.jsonl."""
+    folder.mkdir()
+    lines = []
+    for i, label in enumerate(labels):
+        image = picture(LABELS[i]) if pictures is None else pictures[i]
+        image.save(folder / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", key: label}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def write_parquet(path, labels=LABELS, cells=None, names=None):
+    feature = datasets.Value("string") if names is None else datasets.ClassLabel(names=names)
+    cells = [picture(label) for label in LABELS[: len(labels)]] if cells is None else cells
+    features = datasets.Features(image=datasets.Image(), label=feature)
+    datasets.Dataset.from_dict({"image": cells, "label": labels}, features=features).to_parquet(path)
+    return path
+
+
+def colours_of(data):
+    """Colour of each image, measured."""
+    means = data.images.mean(dim=(2, 3))
+    return [list(COLOURS)[row.argmax()] for row in means]
+
+
+def labels_of(data):
+    return [data.names[i] for i in data.labels]
+
+
+def load(path, size=8, **kwargs):
+    """Loads, and a warning is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        return load_labelled_images(str(path), size, **kwargs)
+
+
+# -- what can be read --
+
+
+@pytest.mark.parametrize("attribute", ["stroke", "slant"])
+def test_digits(tmp_path, attribute):
+    folder = write_digits_dataset(tmp_path / "digits", attribute, 120, seed=1)
+    assert [path.name for path in folder.iterdir()] == ["train.parquet"]
+    table = datasets.Dataset.from_parquet(str(folder / "train.parquet"))
+    assert table.column_names == ["image", "label"]  # neither a prompt nor the digit
+    assert table.features["label"].names == list(ATTRIBUTES[attribute])
+    data = load(folder, 32)
+    assert data.images.shape == (120, 3, 32, 32) and data.images.dtype == torch.float32
+    assert data.names == ATTRIBUTES[attribute]
+    assert torch.equal(data.labels.bincount(minlength=3) > 20, torch.ones(3).bool())  # terciles
+    # PNG rounds to 1/255, which can carry a digit that sits on a border over it
+    assert (oracle(attribute, data.images) == data.labels).float().mean() >= 0.98
+    distances = torch.cdist(data.images.flatten(1), drawn_digits()[0].flatten(1)).min(dim=1).values
+    assert distances.max() < 0.2  # each is one of the real digits
+
+
+def test_digits_are_drawn_by_the_seed(tmp_path):
+    first, same, other = (
+        load(write_digits_dataset(tmp_path / str(i), "stroke", 20, seed=seed), 32).images for i, seed in enumerate((0, 0, 1))
+    )
+    assert torch.equal(first, same) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(
+    "attribute, num_labels, message", [("colour", 10, "colour"), ("stroke", 0, "1797"), ("stroke", 1798, "1797")]
+)
+def test_digits_that_cannot_be_had(tmp_path, attribute, num_labels, message):
+    with pytest.raises(ValueError, match=message):
+        write_digits_dataset(tmp_path / "digits", attribute, num_labels)
+    assert not (tmp_path / "digits").exists()
+
+
+def test_image_folder(tmp_path):
+    data = load(write_folder(tmp_path / "images"))
+    assert data.images.shape == (6, 3, 8, 8)
+    assert data.names == ("blue", "green", "red")
+    assert labels_of(data) == colours_of(data) == LABELS
+    assert data.images.min() == 0 and data.images.max() == 1
+
+
+def test_one_parquet_file(tmp_path):
+    data = load(write_parquet(tmp_path / "some.parquet"))
+    assert labels_of(data) == colours_of(data) == LABELS
+
+
+def test_a_folder_of_parquet_files(tmp_path):
+    (tmp_path / "data").mkdir()
+    write_parquet(tmp_path / "data" / "train-0.parquet", LABELS[:4])
+    write_parquet(tmp_path / "data" / "train-1.parquet", LABELS[:2])
+    data = load(tmp_path / "data")
+    assert labels_of(data) == colours_of(data) == LABELS[:4] + LABELS[:2]
+
+
+def test_class_label_names(tmp_path):
+    names = ["green", "red", "blue"]
+    data = load(write_parquet(tmp_path / "some.parquet", [names.index(label) for label in LABELS], names=names))
+    assert data.names == ("green", "red", "blue")
+    assert labels_of(data) == colours_of(data) == LABELS
+
+
+@pytest.mark.parametrize("order", [["red", "green", "blue"], ["blue", "red", "green"], ["black", "blue", "red", "green"]])
+def test_the_order_of_label_names(tmp_path, order):
+    names = ["green", "red", "blue"]
+    (tmp_path / "b").mkdir()
+    for path in (
+        write_parquet(tmp_path / "a.parquet"),
+        write_parquet(tmp_path / "b.parquet", [names.index(label) for label in LABELS], names=names),
+    ):
+        data = load(path, label_names=order)
+        assert data.names == tuple(order)
+        assert data.labels.tolist() == [order.index(label) for label in LABELS]
+
+
+def test_integer_labels(tmp_path):
+    data = load(write_folder(tmp_path / "images", [2, 10, 1, 10, 2, 1]), label_names=["1", "2", "10"])
+    assert data.labels.tolist() == [1, 2, 0, 2, 1, 0]
+
+
+def test_integer_labels_are_sorted_as_numbers(tmp_path):
+    assert load(write_folder(tmp_path / "images", [2, 10, 1, 10, 2, 1])).names == ("1", "2", "10")
+
+
+def test_columns_of_other_names(tmp_path):
+    data = load(write_folder(tmp_path / "images", key="colour"), label_column="colour")
+    assert labels_of(data) == LABELS
+
+
+def test_max_rows(tmp_path):
+    path = write_parquet(tmp_path / "some.parquet")
+    assert labels_of(load(path, max_rows=4)) == LABELS[:4]
+    assert labels_of(load(path, max_rows=100)) == LABELS
+
+
+def test_images_of_any_shape_and_mode(tmp_path):
+    wide = Image.new("RGB", (30, 10), (255, 0, 0))  # the middle third is green: what a centre crop keeps
+    wide.paste((0, 255, 0), (10, 0, 20, 10))
+    tall = wide.transpose(Image.Transpose.ROTATE_90)
+    pictures = [
+        wide,
+        tall,
+        Image.new("L", (8, 8), 128),
+        Image.new("RGBA", (20, 20), (0, 0, 255, 255)),
+        picture("red", (3, 3)),
+        picture("blue", (1, 50)),
+    ]
+    data = load(write_folder(tmp_path / "images", pictures=pictures))
+    assert data.images.shape == (6, 3, 8, 8)
+    assert colours_of(data)[:2] == ["green", "green"]
+    assert data.images[:2, 0].max() < 0.1
+    torch.testing.assert_close(data.images[2], torch.full((3, 8, 8), 128 / 255))
+    assert colours_of(data)[3:] == ["blue", "red", "blue"]
+
+
+# -- what cannot --
+
+
+def test_missing_columns(tmp_path):
+    path = write_parquet(tmp_path / "some.parquet")
+    with pytest.raises(ValueError, match=r"no column 'picture'.*\['image', 'label'\].*--image_column"):
+        load(path, image_column="picture")
+    with pytest.raises(ValueError, match=r"no column 'colour'.*\['image', 'label'\].*--label_column"):
+        load(path, label_column="colour")
+
+
+def test_an_image_column_of_something_else(tmp_path):
+    with pytest.raises(ValueError, match=r"row 0 \(red\) cannot be read"):  # text is taken for paths
+        load(write_parquet(tmp_path / "some.parquet"), image_column="label")
+
+
+def test_a_class_that_the_label_space_lacks(tmp_path):
+    with pytest.raises(ValueError, match=r"Row 2 .*'blue'.*\['red', 'green'\]"):
+        load(write_parquet(tmp_path / "some.parquet"), label_names=["red", "green"])
+
+
+@pytest.mark.parametrize("hole", [-1, None])
+def test_a_row_without_a_label(tmp_path, hole):
+    names = list(COLOURS)
+    labels = [names.index(label) for label in LABELS]
+    labels[3] = hole
+    with pytest.raises(ValueError, match="Row 3"):
+        load(write_parquet(tmp_path / "some.parquet", labels, names=names))
+
+
+def test_a_row_without_a_label_in_a_column_of_text(tmp_path):
+    with pytest.raises(ValueError, match="Row 3"):
+        load(write_parquet(tmp_path / "some.parquet", [*LABELS[:3], None, *LABELS[4:]]))
+
+
+def png_bytes(label):
+    buffer = io.BytesIO()
+    # noise, so that the file is long enough to be cut in its data
+    pixels = np.random.default_rng(0).integers(0, 100, (8, 8, 3), dtype=np.uint8)
+    pixels[..., list(COLOURS).index(label)] = 255
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def cut(data):
+    return data[: len(data) // 2]
+
+
+def no_bytes(data):
+    return b""
+
+
+def noise(data):
+    return b"this is no picture"
+
+
+def wrong_checksum(data):
+    middle = data.index(b"IDAT") + 30
+    return data[:middle] + bytes(b ^ 255 for b in data[middle : middle + 8]) + data[middle + 8 :]
+
+
+def broken_header(data):
+    return data[:16] + b"\xff\xff" + data[18:]
+
+
+def enormous(data):
+    """A good header, of a picture with 3.6 thousand million pixels, which PIL refuses to open."""
+    header = b"IHDR" + struct.pack(">II", 60000, 60000) + data[24:29]
+    return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
+
+
+def no_numbers(data):
+    return b"P3 8 8 255 one two three"  # a PPM file, of which PIL says ValueError
+
+
+SPOIL = [cut, no_bytes, noise, wrong_checksum, broken_header, enormous, no_numbers]
+
+
+@pytest.mark.parametrize("spoil", SPOIL)
+def test_an_unreadable_image_in_a_folder(tmp_path, spoil):
+    folder = write_folder(tmp_path / "images")
+    (folder / "3.png").write_bytes(spoil(png_bytes("green")))
+    with pytest.raises(ValueError, match=r"row 3 \(.*3\.png\) cannot be read.*--skip_unreadable"):
+        load(folder)
+    with pytest.warns(UserWarning, match=r"1 images were skipped.*3\.png"):
+        data = load_labelled_images(str(folder), 8, skip_unreadable=True)
+    assert labels_of(data) == colours_of(data) == LABELS[:3] + LABELS[4:]
+
+
+@pytest.mark.parametrize("spoil", SPOIL)
+def test_an_unreadable_image_in_a_parquet_file(tmp_path, spoil):
+    cells = [{"bytes": png_bytes(label), "path": None} for label in LABELS]
+    cells[1]["bytes"] = spoil(cells[1]["bytes"])
+    path = write_parquet(tmp_path / "some.parquet", cells=cells)
+    with pytest.raises(ValueError, match="row 1 cannot be read"):
+        load(path)
+    with pytest.warns(UserWarning, match="row 1 "):
+        data = load_labelled_images(str(path), 8, skip_unreadable=True)
+    assert labels_of(data) == colours_of(data) == [label for i, label in enumerate(LABELS) if i != 1]
+
+
+def test_a_row_without_an_image(tmp_path):
+    path = write_parquet(tmp_path / "some.parquet", cells=[picture("red"), None, *(picture(label) for label in LABELS[2:])])
+    with pytest.raises(ValueError, match="row 1 cannot be read"):
+        load(path)
+
+
+def test_whole_images_are_not_skipped(tmp_path):
+    data = load(write_folder(tmp_path / "images"), skip_unreadable=True)  # nor warned about
+    assert labels_of(data) == LABELS
+
+
+def test_no_readable_image_at_all(tmp_path):
+    path = write_parquet(tmp_path / "some.parquet", cells=[{"bytes": b"", "path": None}] * 6)
+    with pytest.warns(UserWarning, match="6 images"), pytest.raises(ValueError, match="no readable image"):
+        load_labelled_images(str(path), 8, skip_unreadable=True)
+
+
+def test_names_that_are_nothing(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
+    for name in ("no/such-dataset", "no-such-dataset", str(tmp_path / "nowhere"), str(tmp_path / "empty")):
+        with pytest.raises(ValueError, match=f"{name}.*could not be opened"):
+            load(name)
+    with pytest.raises(ValueError, match="broken.parquet.*could not be opened"):
+        load(tmp_path / "broken.parquet")

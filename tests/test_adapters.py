@@ -28,6 +28,7 @@ LORA = "pytorch_lora_weights.safetensors"
 ENCODER = "label_encoder/diffusion_pytorch_model.safetensors"
 CLASSIFIER = "classifier/diffusion_pytorch_model.safetensors"
 CONFIG = "ctrl_config.json"
+SPACE = {"stroke": {"type": "categorical", "names": ["thin", "regular", "bold"], "column": 0}}
 FILES = {CONFIG, LORA, ENCODER, CLASSIFIER, "label_encoder/config.json", "classifier/config.json"}
 
 
@@ -100,7 +101,7 @@ def test_the_config_file(folder):
     assert config["base"]["id"].endswith("tiny-sd") and config["base"]["revision"] is None
     assert config["pipeline_class"] == "StableDiffusionPipeline"
     assert config["denoiser"] == "unet"
-    assert config["label_space"] == {"stroke": {"type": "categorical", "names": ["thin", "regular", "bold"]}}
+    assert config["label_space"] == SPACE
     assert config["gamma"] == 1.0 and config["gamma_range"] is None
     assert list(config["sampler"]) == ["scheduler", "scheduler_config", "num_inference_steps", "guidance_scale", "options"]
     assert config["sampler"]["scheduler"] == "DDIMScheduler"
@@ -136,7 +137,7 @@ def test_the_label_encoder_files(folder):
     assert {key: tuple(value.shape) for key, value in tensors.items()} == {"tables.0": (3, 32)}
     config = json.loads((folder / "label_encoder/config.json").read_text())
     assert {key: value for key, value in config.items() if not key.startswith("_")} == {
-        "label_space": {"stroke": {"type": "categorical", "names": ["thin", "regular", "bold"]}},
+        "label_space": SPACE,
         "embedding_dim": 32,
         "gamma_range": None,
     }
@@ -146,7 +147,7 @@ def test_the_label_encoder_files(folder):
 def test_the_classifier_files(folder):
     config = json.loads((folder / "classifier/config.json").read_text())
     assert {key: value for key, value in config.items() if not key.startswith("_")} == {
-        "label_space": {"stroke": {"type": "categorical", "names": ["thin", "regular", "bold"]}},
+        "label_space": SPACE,
         "image_size": 8,
         "in_channels": 3,
         "widths": [4, 8],

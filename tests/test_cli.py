@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from diffusers import PNDMScheduler, StableDiffusionPipeline
 from PIL import Image
 
-from diffusers_ctrl import CTRLPipeline
+from diffusers_ctrl import Categorical, CTRLPipeline, LabelSpace
 from diffusers_ctrl.adapters import load_adapter
 from digits_data import PROMPTS
 
@@ -138,7 +138,7 @@ def test_the_names_in_metrics_json(run):
 def test_the_config_of_the_adapter(run, sd_folder):
     adapter = load_adapter(run)
     assert adapter.config.base["id"] == str(sd_folder)
-    assert adapter.config.label_space == {"stroke": {"type": "categorical", "names": list(LABELS)}}
+    assert adapter.label_encoder.label_space == LabelSpace(stroke=Categorical(LABELS))
     assert adapter.config.sampler["num_inference_steps"] == 4
     assert adapter.config.sampler["options"] == {"eta": 1.0}
     assert all(value.any() for key, value in adapter.lora.items() if "lora_B" in key)  # it was trained

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline
 from PIL import Image
 
-from diffusers_ctrl import CTRLPipeline, LabelEncoder
+from diffusers_ctrl import Categorical, CTRLPipeline, LabelEncoder, LabelSpace
 from diffusers_ctrl.adapters import load_adapter, save_adapter
 
 
@@ -396,7 +396,7 @@ def test_unload_gives_the_base_back(bare, plain, pipe, sd_adapter, adapter_name)
     for _ in range(2):
         bare.load_ctrl_adapter(sd_adapter, adapter_name=adapter_name)
         assert torch.equal(draw(bare, label="bold"), draw(pipe, label="bold"))
-        assert bare.label_space.to_dict() == {"stroke": {"type": "categorical", "names": ["thin", "regular", "bold"]}}
+        assert bare.label_space == LabelSpace(stroke=Categorical(("thin", "regular", "bold")))
         bare.unload_ctrl_adapter()
         assert structure(bare.unet) == before
         assert bare.label_space is None and bare.classifier is None

@@ -1,0 +1,165 @@
+"""CTRLTrainer: resumed equals uninterrupted, bad numbers stop it with the weights kept, and settings are checked."""
+
+import json
+import math
+import warnings
+
+import pytest
+import torch
+from problems import GaussianDenoiser, GaussianLikelihood, cosine_scheduler
+
+from diffusers_ctrl import Categorical, CTRLConfig, CTRLTrainer, LabelSpace, Policy
+from diffusers_ctrl.trainer import STATE_NAME, TENSORS_NAME, TrainingStopped, make_sampler
+
+
+def make_trainer(folder, reward=None, **settings) -> CTRLTrainer:
+    torch.manual_seed(0)
+    scheduler = cosine_scheduler()
+    policy = Policy(
+        GaussianDenoiser(0.3, 0.8, scheduler),
+        label_space=LabelSpace(y=Categorical(("low", "high"))),
+        lora_rank=1,
+        lora_targets=["slope", "shift", "linear_2"],
+    )
+    config = CTRLConfig(
+        **{
+            "output_dir": str(folder),
+            "num_inference_steps": 10,
+            "objective": "direct_backprop",
+            "batch_size": 8,
+            "max_updates": 6,
+            "checkpoint_every": 0,
+            "sample_every": 0,
+            "learning_rate": 1e-2,
+            "report_to": "none",
+            **settings,
+        }
+    )
+    return CTRLTrainer(policy, scheduler, reward or GaussianLikelihood((-0.4, 1.0), 0.6), config, shape=(1,))
+
+
+def weights(trainer: CTRLTrainer) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in trainer._named.items()}
+
+
+def test_training_moves_only_lora_and_label_encoder(tmp_path):
+    trainer = make_trainer(tmp_path)
+    before = {n: p.detach().clone() for n, p in trainer.policy.named_parameters()}
+    history = trainer.train()
+    moved = {n for n, p in trainer.policy.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {n for n in before if "lora_" in n or n.startswith("label_encoder")}
+    assert len(history) == 6 and all(math.isfinite(v) for row in history for v in row.values())
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
+    whole = make_trainer(tmp_path / "whole")
+    whole.train()
+    first = make_trainer(tmp_path / "cut", checkpoint_every=2)
+    calls = 0
+
+    def interrupted(*args, original=first._step):
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    first._step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    second = make_trainer(tmp_path / "cut", resume_from="latest")
+    history = second.train()
+    assert second.update == 6 and [row["update"] for row in history] == [1, 2, 3, 4, 5, 6]
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(second)[name]), name
+
+
+def test_accumulated_micro_batches_average(tmp_path):
+    """Two micro-batches give the mean of their gradients: the update differs from either's own, and is reproducible."""
+    one = make_trainer(tmp_path / "a", gradient_accumulation_steps=2, max_updates=2)
+    two = make_trainer(tmp_path / "b", gradient_accumulation_steps=2, max_updates=2)
+    single = make_trainer(tmp_path / "c", max_updates=2)
+    for trainer in (one, two, single):
+        trainer.train()
+    assert all(torch.equal(v, weights(two)[n]) for n, v in weights(one).items())
+    assert any(not torch.equal(v, weights(single)[n]) for n, v in weights(one).items())
+
+
+def test_old_checkpoints_are_pruned_and_nothing_is_half_written(tmp_path):
+    make_trainer(tmp_path, checkpoint_every=1, checkpoints_total_limit=2).train()
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["checkpoint-000005", "checkpoint-000006"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints" / names[0]).iterdir()) == [STATE_NAME, TENSORS_NAME]
+
+
+def test_a_nan_reward_stops_with_the_last_good_weights_saved(tmp_path):
+    good, calls = GaussianLikelihood((-0.4, 1.0), 0.6), 0
+
+    def broken(x, labels):
+        nonlocal calls
+        calls += 1
+        return good(x, labels) * (float("nan") if calls == 4 else 1.0)
+
+    trainer = make_trainer(tmp_path, broken)
+    with pytest.raises(TrainingStopped, match=r"update 4: in micro-batch 1 of 1, the log-likelihood is NaN.*checkpoint-000003"):
+        trainer.train()
+    reference = make_trainer(tmp_path / "reference", max_updates=6)
+    for _ in range(3):
+        reference._step()
+        reference.update += 1
+    resumed = make_trainer(tmp_path, resume_from="latest")
+    resumed._resume("latest")
+    assert resumed.update == 3
+    for name, value in weights(reference).items():
+        assert torch.equal(value, weights(resumed)[name]), name
+
+
+def test_unusable_checkpoints_are_named(tmp_path):
+    with pytest.raises(ValueError, match="there is no checkpoint"):
+        make_trainer(tmp_path, resume_from="latest").train()
+    make_trainer(tmp_path, max_updates=1).train()
+    folder = tmp_path / "checkpoints" / "checkpoint-000001"
+    with pytest.raises(ValueError, match="--seed 0, this run has 1"):
+        make_trainer(tmp_path, seed=1, resume_from="latest").train()
+    data = (folder / TENSORS_NAME).read_bytes()
+    (folder / TENSORS_NAME).write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match="checkpoint-000001 is not a whole checkpoint"):
+        make_trainer(tmp_path, resume_from=str(folder)).train()
+
+
+def test_trackers_and_images_are_called(tmp_path):
+    trainer = make_trainer(tmp_path, report_to="tensorboard", sample_every=3)
+    seen = []
+    trainer.save_images = lambda update, policy: seen.append((update, policy is trainer.policy))
+    trainer.train()
+    assert seen == [(3, True), (6, True)]
+    assert any("tfevents" in path.name for path in tmp_path.rglob("*"))
+
+
+def test_state_is_json(tmp_path):
+    make_trainer(tmp_path, max_updates=1).train()
+    state = json.loads((tmp_path / "checkpoints" / "checkpoint-000001" / STATE_NAME).read_text())
+    assert state["update"] == 1 and len(state["history"]) == 1
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"objective": "ppo"}, "Unknown objective 'ppo'"),
+        ({"mixed_precision": "int8"}, "mixed_precision must be"),
+        ({"gamma": 0.0}, "gamma must be positive"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"eta": 0.0}, "adds no noise at any step"),
+    ],
+)
+def test_bad_settings_are_one_clear_error(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, **settings)
+
+
+def test_eta_below_one_warns_of_its_bias():
+    with pytest.warns(UserWarning, match="not memoryless"):
+        make_sampler(cosine_scheduler(), CTRLConfig(eta=0.5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_sampler(cosine_scheduler(), CTRLConfig(eta=1.0))

@@ -80,6 +80,10 @@ def run_variant(spec: dict, settings: dict, seconds: float, eval_samples: int, b
         prompt_embeds=embeds,
         null_embeds=null,
     )
+    if config.warm_start_updates:
+        config.max_updates = config.warm_start_updates
+        trainer.train()  # the warm start's own time counts, and the rest is timed after it
+        seconds -= trainer.seconds
     probe = [0.0] * 4
     learning_rates, trainer.peaks = trainer.peaks, [0.0, 0.0]  # timed without moving
     for i in range(len(probe)):
@@ -87,8 +91,9 @@ def run_variant(spec: dict, settings: dict, seconds: float, eval_samples: int, b
         trainer._step()
         probe[i] = time.perf_counter() - started
     trainer.peaks = learning_rates
-    trainer.optimizer.state.clear()
-    config.max_updates = max(1, int(seconds / min(probe)))
+    if not config.warm_start_updates:
+        trainer.optimizer.state.clear()
+    config.max_updates = trainer.update + max(1, int(seconds / min(probe)))
     history = trainer.train()
     generator = torch.Generator().manual_seed(12345)
     tuned = draw_samples(policy, trainer.environment, eval_samples, generator, progress=False)

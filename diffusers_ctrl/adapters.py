@@ -85,7 +85,12 @@ def package_versions() -> dict[str, str]:
 
 def denoiser_sha256(denoiser: nn.Module) -> str:
     """Digest of the denoiser's architecture: its class and its config, without private and path entries."""
-    config = {key: value for key, value in dict(denoiser.config).items() if not key.startswith("_")}
+    import inspect
+
+    defaults = {k: p.default for k, p in inspect.signature(type(denoiser).__init__).parameters.items()}
+    plain = lambda value: json.loads(json.dumps(value, default=list))
+    config = {k: plain(v) for k, v in dict(denoiser.config).items() if not k.startswith("_")}
+    config = {k: v for k, v in config.items() if k not in defaults or defaults[k] is inspect.Parameter.empty or v != plain(defaults[k])}
     text = json.dumps([type(denoiser).__name__, config], sort_keys=True, default=list)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -117,7 +122,7 @@ def is_adapter(folder: Path) -> bool:
 
 def save_adapter(folder: str | os.PathLike, adapter: Adapter, dtype: torch.dtype | None = None) -> Path:
     """Writes the adapter into `folder`, which may hold other files. `dtype`: stored precision, as in memory if None."""
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

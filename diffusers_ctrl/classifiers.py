@@ -66,6 +66,7 @@ class Classifier(ModelMixin, ConfigMixin):
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         """(B, C, H, W) images in [0, 1] -> raw logits, one tensor (B, classes) an attribute, before temperature."""
         size = self.config.image_size
+        images = images.to(self.stem.weight.dtype)
         if images.shape[-2:] != (size, size):
             images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
         hidden = self.stem((images * 2 - 1).to(self.stem.weight.dtype))

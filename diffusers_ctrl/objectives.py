@@ -110,25 +110,73 @@ def adjoint_matching(
 
     The loss is an unbiased estimate of Σ_k ½‖u_k + sigma_k adjoint_{k+1}‖², averaged over the batch; memory does not grow with K.
     """
-    noisy = torch.tensor(sampler.noisy_steps)
-    count = len(noisy) if num_regression_steps is None else num_regression_steps
-    if not 1 <= count <= len(noisy):
-        raise ValueError(f"num_regression_steps must be between 1 and the number of noisy steps, {len(noisy)}; got {count}.")
     trajectory = rollout(policy, sampler, batch, generator, reference=False)
     adjoints, base_means, reward = lean_adjoint(policy, sampler, batch, trajectory, log_likelihood)
+    chosen, scale = _chosen_steps(sampler, num_regression_steps, generator)
+    loss, kl = _regression(policy, sampler, batch, trajectory, chosen, scale, lambda k: adjoints[k + 1], lambda k: base_means[k])
+    return loss, _metrics(reward, kl, batch)
+
+
+def critic_matching(
+    policy: Policy,
+    sampler: Sampler,
+    batch: Batch,
+    log_likelihood: LogLikelihood,
+    generator: torch.Generator | None = None,
+    *,
+    adjoint: Callable[[int, Rollout], torch.Tensor],
+    num_regression_steps: int | None = None,
+) -> tuple[torch.Tensor, Metrics]:
+    """Adjoint matching with a critic's adjoint (values.py): no backward pass through the sampler, and almost no noise in the
+    target, but the critic's bias. For a warm start; the other objectives finish.
+
+    Args:
+        adjoint: k, trajectory -> the adjoint at x_k, (B, C, *).
+    """
+    trajectory = rollout(policy, sampler, batch, generator, reference=False)
+    with torch.no_grad():
+        reward = _checked(log_likelihood(trajectory.sample, batch.labels))
+    chosen, scale = _chosen_steps(sampler, num_regression_steps, generator)
+
+    @torch.no_grad()
+    def base_mean(k: int) -> torch.Tensor:
+        return base_transition(policy, sampler, batch, k, trajectory.states[k]).mean
+
+    loss, kl = _regression(policy, sampler, batch, trajectory, chosen, scale, lambda k: adjoint(k + 1, trajectory), base_mean)
+    return loss, _metrics(reward, kl, batch)
+
+
+def _chosen_steps(sampler: Sampler, count: int | None, generator: torch.Generator | None) -> tuple[list[int], float]:
+    """A random subset of the noisy steps, and the factor that makes sums over it unbiased."""
+    noisy = torch.tensor(sampler.noisy_steps)
+    count = len(noisy) if count is None else count
+    if not 1 <= count <= len(noisy):
+        raise ValueError(f"num_regression_steps must be between 1 and the number of noisy steps, {len(noisy)}; got {count}.")
     device = generator.device if generator is not None else "cpu"
-    chosen = noisy[torch.randperm(len(noisy), generator=generator, device=device).cpu()[:count]].tolist()
-    scale = len(noisy) / count
+    order = torch.randperm(len(noisy), generator=generator, device=device).cpu()
+    return noisy[order[:count]].tolist(), len(noisy) / count
+
+
+def _regression(
+    policy: Policy,
+    sampler: Sampler,
+    batch: Batch,
+    trajectory: Rollout,
+    chosen: list[int],
+    scale: float,
+    next_adjoint: Callable[[int], torch.Tensor],
+    base_mean: Callable[[int], torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean over the batch of Σ_k ½‖u_k + sigma_k adjoint_{k+1}‖², and the KL, (B,), both estimated from the chosen steps."""
     loss = batch.noise.new_zeros(())
     kl = batch.noise.new_zeros(len(batch))
     for k in chosen:
-        control = (
-            tuned_transition(policy, sampler, batch, k, trajectory.states[k].detach()).mean - base_means[k]
-        ) / trajectory.stds[k]
-        residual = control + trajectory.stds[k] * adjoints[k + 1]
+        tuned = tuned_transition(policy, sampler, batch, k, trajectory.states[k].detach()).mean
+        control = (tuned - base_mean(k)) / trajectory.stds[k]
+        residual = control + trajectory.stds[k] * next_adjoint(k)
         loss = loss + scale * residual.square().flatten(1).sum(1).mean() / 2
         kl = kl + scale * control.detach().square().flatten(1).sum(1) / 2
-    return loss, _metrics(reward, kl, batch)
+    return loss, kl
 
 
 OBJECTIVES: dict[str, Callable[..., tuple[torch.Tensor, Metrics]]] = {

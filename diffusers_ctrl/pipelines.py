@@ -35,10 +35,12 @@ from .injection import (
     StrengthHook,
     add_label_hook,
     add_strength_hook,
+    find_injection_site,
     load_lora_state_dict,
     remove_label_hook,
     remove_lora,
     remove_strength_hook,
+    site_width,
 )
 from .labels import Label, LabelSpace
 from .rollouts import Sampler
@@ -81,7 +83,10 @@ class CTRLPipeline(DiffusionPipeline):
                 name, folder = config.base["id"], _local_folder(config.base["id"])
                 kwargs["revision"] = config.base["revision"]
         location = folder if folder is not None else name
-        index = DiffusionPipeline.load_config(location, **{k: v for k, v in hub.items() if k != "revision"})
+        try:
+            index = DiffusionPipeline.load_config(location, **{k: v for k, v in hub.items() if k != "revision"})
+        except OSError as error:
+            raise ValueError(f"No pipeline could be loaded from {str(location)!r}: {error}") from error
         base_class = getattr(diffusers, str(index.get("_class_name")), None)
         if not (inspect.isclass(base_class) and issubclass(base_class, DiffusionPipeline)):
             raise ValueError(f"{location} names the pipeline class {index.get('_class_name')!r}, which diffusers does not have.")
@@ -125,13 +130,24 @@ class CTRLPipeline(DiffusionPipeline):
             adapter = load_adapter(resolve_folder(adapter, **hub_kwargs))
         denoiser, site = self.denoiser, adapter.config.injection_site
         check_base(adapter.config, type(self).__name__.removeprefix("CTRL"), self._denoiser_name, denoiser)
-        load_lora_state_dict(denoiser, adapter.lora, adapter_name)
+        width = site_width(find_injection_site(denoiser, site)[1])
+        if adapter.label_encoder.config.embedding_dim != width:
+            raise ValueError(
+                f"The adapter's label encoder has embedding_dim {adapter.label_encoder.config.embedding_dim}, but {site} is {width} wide."
+            )
+        # whether a weight requires a gradient changes the bits of torch's products: the base keeps what it had
+        trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
         try:
-            label_hook = add_label_hook(denoiser, site)
-        except ValueError:
-            remove_lora(denoiser, adapter_name)
-            raise
-        denoiser.requires_grad_(False)
+            load_lora_state_dict(denoiser, adapter.lora, adapter_name)
+            try:
+                label_hook = add_label_hook(denoiser, site)
+            except ValueError:
+                remove_lora(denoiser, adapter_name)
+                raise
+            denoiser.requires_grad_(False)
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
         self._ctrl_hook = add_strength_hook(denoiser, label_hook, adapter_name)
         self._ctrl_config, self._ctrl_classifier, self._ctrl_name = adapter.config, adapter.classifier, adapter_name
         self.register_modules(label_encoder=adapter.label_encoder.to(denoiser.device))
@@ -272,7 +288,8 @@ class CTRLPipeline(DiffusionPipeline):
     def _deterministic_timesteps(self, arguments: dict) -> frozenset[int]:
         """Timesteps to leave to the base: those without noise, as in training. All of them act where none has noise (eta = 0)."""
         steps = arguments.get("num_inference_steps") or self._ctrl_config.sampler["num_inference_steps"]
-        options = {k: arguments.get(k, v) for k, v in self._ctrl_config.sampler["options"].items()}
+        takes = inspect.signature(self.scheduler.step).parameters
+        options = {k: arguments.get(k, v) for k, v in self._ctrl_config.sampler["options"].items() if k in takes}
         try:
             return Sampler(self.scheduler, steps, options).deterministic_timesteps
         except ValueError as error:

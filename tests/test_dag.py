@@ -18,6 +18,7 @@ ORDER = (
     "injection",
     "policy",
     "rollouts",
+    "values",
     "classifiers",
     "rewards",
     "objectives",

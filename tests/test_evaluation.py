@@ -18,7 +18,10 @@ def gaussian(perturb: float, gamma: float = 1.0, seed: int = 0) -> tuple[Policy,
     torch.manual_seed(seed)
     scheduler = cosine_scheduler()
     policy = Policy(
-        GaussianDenoiser(*PRIOR, scheduler), label_space=LabelSpace(y=Categorical(("low", "high"))), lora_rank=1, lora_targets=["shift"]
+        GaussianDenoiser(*PRIOR, scheduler),
+        label_space=LabelSpace(y=Categorical(("low", "high"))),
+        lora_rank=1,
+        lora_targets=["shift"],
     )
     for group in policy.trainable_parameters().values():
         for parameter in group:
@@ -60,7 +63,8 @@ def test_a_worse_model_has_a_larger_gap_and_a_smaller_ess():
 def test_standard_errors_are_the_spread_over_repetitions():
     policy, environment = gaussian(0.1)
     found = [
-        certificate(draw_samples(policy, environment, 200, torch.Generator().manual_seed(s), progress=False), 1.0) for s in range(60)
+        certificate(draw_samples(policy, environment, 200, torch.Generator().manual_seed(s), progress=False), 1.0)
+        for s in range(60)
     ]
     for name in ("objective", "log_partition", "gap"):
         values = torch.tensor([getattr(c, name) for c in found])

@@ -152,7 +152,9 @@ def test_regression_on_a_random_subset_of_steps_is_unbiased():
     policy, environment = tiny_policy(perturb=0.1), tiny_environment()
     batch = environment.draw(6, torch.Generator().manual_seed(5))
     whole = gradient(adjoint_matching, policy, environment)
-    assert gradient(adjoint_matching, policy, environment, num_regression_steps=4).allclose(whole)  # 5 steps, the last without noise
+    assert gradient(adjoint_matching, policy, environment, num_regression_steps=4).allclose(
+        whole
+    )  # 5 steps, the last without noise
     losses = []
     for seed in range(40):
         # the same trajectory, another subset: the noise of the rollout is drawn first

@@ -158,6 +158,18 @@ def test_images_per_prompt_share_the_prompts_label(pipe):
         torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=1e-5)
 
 
+def test_guidance_acts_between_the_label_and_no_label(pipe):
+    """One DDIM step is affine in the output: with guidance it lies on the line from the null label, empty prompt, through the label."""
+
+    def first(prompt, **kwargs):
+        return latents_of(pipe, prompt=prompt, **kwargs)[0]
+
+    unconditional, conditional = first("", label={}), first(PROMPT, label="bold")
+    assert (conditional - unconditional).abs().max() > 1e-2
+    found = first(PROMPT, label="bold", guidance_scale=3.0)
+    torch.testing.assert_close(found, torch.lerp(unconditional, conditional, 3.0), rtol=1e-4, atol=1e-5)
+
+
 def test_one_label_serves_all_prompts(pipe):
     images = draw(pipe, [PROMPT, "a handwritten one"], label="thin")
     assert torch.equal(images, draw(pipe, [PROMPT, "a handwritten one"], label=["thin", "thin"]))

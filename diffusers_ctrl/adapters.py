@@ -12,6 +12,7 @@ checked as a whole before any pipeline is touched.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -30,6 +31,7 @@ from . import assets
 from .classifiers import Classifier
 from .injection import lora_state_dict
 from .label_encoder import LabelEncoder
+from .labels import LabelSpace
 
 
 FORMAT_VERSION = 1
@@ -83,15 +85,23 @@ def package_versions() -> dict[str, str]:
     return found
 
 
-def denoiser_sha256(denoiser: nn.Module) -> str:
-    """Digest of the denoiser's architecture: its class and its config, without private and path entries."""
-    import inspect
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=list))
 
-    defaults = {k: p.default for k, p in inspect.signature(type(denoiser).__init__).parameters.items()}
-    plain = lambda value: json.loads(json.dumps(value, default=list))
-    config = {k: plain(v) for k, v in dict(denoiser.config).items() if not k.startswith("_")}
-    config = {k: v for k, v in config.items() if k not in defaults or defaults[k] is inspect.Parameter.empty or v != plain(defaults[k])}
-    text = json.dumps([type(denoiser).__name__, config], sort_keys=True, default=list)
+
+def denoiser_sha256(denoiser: nn.Module) -> str:
+    """Digest of the denoiser's architecture: its class and those of its config's values that are not the class's defaults.
+
+    Private entries and paths are left out; defaults are, so that a new option in a later diffusers changes no digest.
+    """
+    defaults = {name: p.default for name, p in inspect.signature(type(denoiser).__init__).parameters.items()}
+    config = {name: _plain(value) for name, value in dict(denoiser.config).items() if not name.startswith("_")}
+    unusual = {
+        name: value
+        for name, value in config.items()
+        if defaults.get(name, inspect.Parameter.empty) is inspect.Parameter.empty or value != _plain(defaults[name])
+    }
+    text = json.dumps([type(denoiser).__name__, unusual], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -223,6 +233,28 @@ def read_config(folder: Path) -> AdapterConfig:
     ):
         if lacking := [name for name in needed if name not in data[key]]:
             raise ValueError(f"{path}: {key} lacks {lacking}.")
+    base, sampler, gamma_range = data["base"], data["sampler"], data["gamma_range"]
+    numbers = [sampler["guidance_scale"], data["gamma"], *(gamma_range or [])]
+    checks = {
+        "base.id must be a string": isinstance(base["id"], str),
+        "base.revision must be a string or null": isinstance(base["revision"], (str, type(None))),
+        "base.denoiser_sha256 must be a string": isinstance(base["denoiser_sha256"], str),
+        "sampler.scheduler must be a string": isinstance(sampler["scheduler"], str),
+        "sampler.scheduler_config and sampler.options must be objects": isinstance(sampler["scheduler_config"], dict)
+        and isinstance(sampler["options"], dict),
+        "sampler.num_inference_steps must be a positive integer": type(sampler["num_inference_steps"]) is int
+        and sampler["num_inference_steps"] > 0,
+        "gamma, gamma_range and sampler.guidance_scale must be numbers": all(type(n) in (int, float) for n in numbers),
+        "gamma must be positive, gamma_range null or 0 < low < high": type(data["gamma"]) in (int, float)
+        and data["gamma"] > 0
+        and (
+            gamma_range is None
+            or (len(gamma_range) == 2 and all(type(n) in (int, float) for n in gamma_range) and 0 < gamma_range[0] < gamma_range[1])
+        ),
+    }
+    for message, holds in checks.items():
+        if not holds:
+            raise ValueError(f"{path}: {message}.")
     return AdapterConfig(**data)
 
 
@@ -238,9 +270,16 @@ def load_adapter(folder: Path) -> Adapter:
     if foreign := [key for key in lora if not key.startswith(prefix)]:
         raise ValueError(f"{folder / LORA_NAME} has keys that do not start with {prefix!r}: {foreign[:3]}.")
     label_encoder = _read_model(folder / "label_encoder", LabelEncoder)
-    if label_encoder.label_space.to_dict() != config.label_space:
-        raise ValueError(f"{folder}: the label space of {CONFIG_NAME} is not that of label_encoder/config.json.")
     classifier = _read_model(folder / "classifier", Classifier) if (folder / "classifier").is_dir() else None
+    try:
+        space = LabelSpace.from_dict(config.label_space)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
+    for name, model in (("label_encoder", label_encoder), ("classifier", classifier)):
+        if model is not None and model.label_space != space:
+            raise ValueError(f"{folder}: the label space of {CONFIG_NAME} is not that of {name}/config.json.")
+    if list(label_encoder.config.gamma_range or []) != list(config.gamma_range or []):
+        raise ValueError(f"{folder}: the gamma_range of {CONFIG_NAME} is not that of label_encoder/config.json.")
     return Adapter(config, {key.removeprefix(prefix): value for key, value in lora.items()}, label_encoder, classifier)
 
 

@@ -84,7 +84,7 @@ class CTRLPipeline(DiffusionPipeline):
                 kwargs["revision"] = config.base["revision"]
         location = folder if folder is not None else name
         try:
-            index = DiffusionPipeline.load_config(location, **{k: v for k, v in hub.items() if k != "revision"})
+            index = DiffusionPipeline.load_config(location, **hub | {"revision": kwargs.get("revision")})
         except OSError as error:
             raise ValueError(f"No pipeline could be loaded from {str(location)!r}: {error}") from error
         base_class = getattr(diffusers, str(index.get("_class_name")), None)
@@ -228,8 +228,11 @@ class CTRLPipeline(DiffusionPipeline):
             )
         gamma = self._check_gamma(gamma)
         parameters = inspect.signature(super().__call__).parameters
-        given = inspect.signature(super().__call__).bind_partial(*args, **kwargs).arguments
-        kwargs, rows, repeats = self._complete(kwargs, given, parameters, label)
+        given = dict(inspect.signature(super().__call__).bind_partial(*args, **kwargs).arguments)
+        for name, parameter in parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                given |= given.pop(name, {})
+        kwargs, rows, repeats = self._complete(given, parameters, label)
         labels = self.label_space.encode(label, rows).repeat_interleave(repeats, dim=0)
         hook = self._ctrl_hook
         hook.embedding = self.label_encoder(labels, gamma)
@@ -237,8 +240,8 @@ class CTRLPipeline(DiffusionPipeline):
         own_scheduler = self.scheduler
         self.scheduler = self._labelled_scheduler()
         try:
-            hook.base_timesteps = self._deterministic_timesteps({**kwargs, **given})
-            return super().__call__(*args, **kwargs)
+            hook.base_timesteps = self._deterministic_timesteps(kwargs)
+            return super().__call__(**kwargs)
         finally:
             self.scheduler = own_scheduler
             hook.embedding, hook.strength, hook.base_timesteps = None, 1.0, frozenset()
@@ -266,15 +269,15 @@ class CTRLPipeline(DiffusionPipeline):
             warnings.warn(f"gamma = {gamma} lies outside the trained range {low} to {high}.", stacklevel=3)
         return gamma
 
-    def _complete(self, kwargs: dict, given: dict, parameters: Any, label: Any) -> tuple[dict, int, int]:
+    def _complete(self, given: dict, parameters: Any, label: Any) -> tuple[dict, int, int]:
         """Fills in the adapter's settings, and counts prompts and images per prompt."""
         sampler = self._ctrl_config.sampler
         settings = {"num_inference_steps": sampler["num_inference_steps"], "guidance_scale": sampler["guidance_scale"]}
         settings |= sampler["options"]
-        kwargs = kwargs | {k: v for k, v in settings.items() if k in parameters and given.get(k) is None}
+        kwargs = given | {k: v for k, v in settings.items() if k in parameters and given.get(k) is None}
         if "batch_size" in parameters:  # an unconditional pipeline
             rows = given.get("batch_size") or (len(label) if isinstance(label, (list, tuple)) else 1)
-            return kwargs | ({} if "batch_size" in given else {"batch_size": rows}), rows, 1
+            return kwargs | {"batch_size": rows}, rows, 1
         prompt, embeds = given.get("prompt"), given.get("prompt_embeds")
         if embeds is not None:
             rows = len(embeds)

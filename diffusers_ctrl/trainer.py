@@ -56,8 +56,8 @@ class CTRLConfig:
     objective: str = _option("adjoint_matching", f"One of {sorted(OBJECTIVES)}.")
     truncation: int | None = _option(None, "direct_backprop: differentiate the last so many steps only (biased).")
     num_regression_steps: int | None = _option(None, "adjoint_matching: regress on so many random steps of each trajectory.")
-    warm_start_updates: int = _option(0, "First so many updates learn from a critic fitted to base trajectories (values.py).")
-    warm_start_trajectories: int = _option(4000, "Base trajectories that the critic is fitted to.")
+    warm_start_updates: int = _option(0, "First so many updates learn from a critic fitted to base samples (values.py).")
+    warm_start_samples: int = _option(4000, "Base samples that the critic is fitted to.")
     warm_start_batch_size: int = _option(64, "Trajectories per micro-batch of the warm start.")
     warm_start_learning_rate: float = _option(
         3e-3, "LoRA's peak learning rate in the warm start; the label encoder's in proportion."
@@ -212,7 +212,7 @@ class CTRLTrainer:
             started = time.perf_counter()
             # the same critic on every process and after every resume: its generator depends on the seed alone
             generator = torch.Generator(self.accelerator.device).manual_seed(config.seed + 3_000_017)
-            self.value = fit_value(self.policy, self.environment, config.warm_start_trajectories, generator, progress=main)
+            self.value = fit_value(self.policy, self.environment, config.warm_start_samples, generator, progress=main)
             self.seconds += time.perf_counter() - started
         bar = tqdm(total=config.max_updates, initial=self.update, desc="training", unit="update", disable=not main)
         smooth = None

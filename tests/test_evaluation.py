@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from problems import GaussianDenoiser, GaussianLikelihood, affine_steps, cosine_scheduler, exact_log_partition, posterior_moments
 
 from diffusers_ctrl import Categorical, LabelSpace, Policy
 from diffusers_ctrl.evaluation import certificate, confusion_matrix, draw_samples, evaluate, exact_law
 from diffusers_ctrl.rollouts import Environment, Sampler
+from problems import GaussianDenoiser, GaussianLikelihood, affine_steps, cosine_scheduler, exact_log_partition, posterior_moments
 
 
 OBSERVATIONS, NOISE, PRIOR = (-0.4, 1.0), 0.6, (0.3, 0.8)

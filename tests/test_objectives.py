@@ -5,6 +5,11 @@ import math
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+
+from diffusers_ctrl import Categorical, CTRLConfig, CTRLTrainer, LabelSpace, Policy
+from diffusers_ctrl.evaluation import certificate, draw_samples
+from diffusers_ctrl.objectives import NonFiniteError, adjoint_matching, direct_backprop
+from diffusers_ctrl.rollouts import Environment, Sampler
 from problems import (
     GaussianDenoiser,
     GaussianLikelihood,
@@ -14,11 +19,6 @@ from problems import (
     exact_log_partition,
     posterior_moments,
 )
-
-from diffusers_ctrl import Categorical, CTRLConfig, CTRLTrainer, LabelSpace, Policy
-from diffusers_ctrl.evaluation import certificate, draw_samples
-from diffusers_ctrl.objectives import NonFiniteError, adjoint_matching, direct_backprop
-from diffusers_ctrl.rollouts import Environment, Sampler
 
 
 SPACE = LabelSpace(kind=Categorical(("a", "b", "c")))

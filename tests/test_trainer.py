@@ -6,10 +6,10 @@ import warnings
 
 import pytest
 import torch
-from problems import GaussianDenoiser, GaussianLikelihood, cosine_scheduler
 
 from diffusers_ctrl import Categorical, CTRLConfig, CTRLTrainer, LabelSpace, Policy
 from diffusers_ctrl.trainer import STATE_NAME, TENSORS_NAME, TrainingStopped, make_sampler
+from problems import GaussianDenoiser, GaussianLikelihood, cosine_scheduler
 
 
 def make_trainer(folder, reward=None, **settings) -> CTRLTrainer:

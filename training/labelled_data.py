@@ -11,7 +11,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def _picture(cell: dict, row: int, size: int) -> np.ndarray:
                 left, top = (picture.width - side) // 2, (picture.height - side) // 2
                 picture = picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
             return np.asarray(picture)
-    except (UnidentifiedImageError, OSError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # what a broken file makes PIL raise is open-ended, decompression bombs included
         raise ValueError(f"The image in {where} cannot be read: {error}.") from error
 
 
@@ -91,10 +91,10 @@ def load_labelled_images(
         values = [feature.names[v] if v is not None and 0 <= v < len(feature.names) else v for v in values]
         own_names = tuple(feature.names)
     else:
-        own_names = tuple(sorted({str(value) for value in values}))
+        own_names = tuple(str(value) for value in sorted({value for value in values if value is not None}))
     names = tuple(label_names or own_names)
     for row, value in enumerate(values):
-        if str(value) not in names:
+        if value is None or str(value) not in names:
             raise ValueError(f"Row {row} of dataset {name!r} has label {value!r}, which is not one of {list(names)}.")
     cells = table.cast_column(image_column, datasets.Image(decode=False))[image_column]
     pictures, labels, skipped = [], [], []

@@ -14,9 +14,9 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import diffusers
 import torch
@@ -49,6 +49,7 @@ from labelled_data import load_labelled_images  # noqa: E402
 from sampled_data import write_sampled_dataset  # noqa: E402
 
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "digits_stroke.yaml"
 
 
@@ -89,6 +90,10 @@ class TaskConfig:
             raise ValueError("--push_to_hub needs --hub_model_id USER/NAME.")
         if self.dataset == "base-samples" and not (self.labeller and self.label_names and self.num_labels):
             raise ValueError("dataset base-samples needs labeller, label_names and num_labels.")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {self.dtype!r}.")
+        if self.scheduler is not None and not hasattr(diffusers, self.scheduler):
+            raise ValueError(f"scheduler {self.scheduler!r} is not a class of diffusers.")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[TaskConfig, CTRLConfig]:
@@ -103,11 +108,28 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[TaskConfig, CTR
         values = yaml.safe_load(Path(config).read_text()) or {}
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"--config {config} cannot be read: {error}.") from error
-    known = {action.dest for action in parser._actions}
+    known = {f.name for f in (*fields(TaskConfig), *fields(CTRLConfig))}
     if unknown := sorted(set(values) - known):
         raise ValueError(f"{config} has unknown fields {unknown}.")
-    parser.set_defaults(**values)
-    task, train, _ = parser.parse_args_into_dataclasses(arguments)
+    # the file's values go through the parser as arguments of their own, so that they are checked as the command line's are
+    from_file: list[str] = []
+    kinds = {**get_type_hints(TaskConfig), **get_type_hints(CTRLConfig)}
+    for key, value in values.items():
+        kind = kinds[key]
+        if value is None and type(None) not in get_args(kind):
+            raise ValueError(f"{config}: {key} must not be null.")
+        wants_list = any(get_origin(part) is list for part in (kind, *get_args(kind)))
+        if value is not None and isinstance(value, (list, dict)) != wants_list:
+            raise ValueError(f"{config}: {key} must be {kind}, got {value!r}.")
+        if value is not None:
+            from_file += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    parser.set_defaults(**{key: None for key, value in values.items() if value is None})
+    try:
+        task, train, _ = parser.parse_args_into_dataclasses([*from_file, *arguments])
+    except SystemExit as error:
+        if error.code == 0:  # --help
+            raise
+        raise ValueError(f"The arguments, or the values in {config}, are not of the right kind; see above.") from error
     return task, train
 
 
@@ -175,8 +197,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     oracle, prompt_oracle = import_function(task.oracle), import_function(task.prompt_oracle)
 
     # 1. the base and its prompts
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[task.dtype]
-    pipe = DiffusionPipeline.from_pretrained(resolve_folder(task.base, revision=task.base_revision), torch_dtype=dtype)
+    base_folder = resolve_folder(task.base, revision=task.base_revision)
+    pipe = DiffusionPipeline.from_pretrained(base_folder, torch_dtype=DTYPES[task.dtype])
     pipe.to(accelerator.device)
     denoiser_name = "unet" if getattr(pipe, "unet", None) is not None else "transformer"
     denoiser = getattr(pipe, denoiser_name)

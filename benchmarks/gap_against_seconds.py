@@ -52,9 +52,8 @@ def cached_classifier(base: str, attribute: str, num_labels: int, seed: int, fol
 def run_variant(spec: dict, settings: dict, seconds: float, eval_samples: int, base_samples: int, cache: Path) -> dict:
     """Trains one variant for `seconds`, then measures it."""
     base_name, attribute = spec["base"], spec["attribute"]
-    config = CTRLConfig(
-        **{**spec["common"], **settings, "report_to": "none", "checkpoint_every": 0, "output_dir": str(cache / "run")}
-    )
+    own = {k: v for k, v in settings.items() if k != "coarse_share"} | {"coarse_updates": int("coarse_share" in settings)}
+    config = CTRLConfig(**{**spec["common"], **own, "report_to": "none", "checkpoint_every": 0, "output_dir": str(cache / "run")})
     classifier = cached_classifier(
         base_name, attribute, spec["num_labels"], config.seed, cache / f"classifier-{attribute}-{config.seed}"
     )
@@ -80,20 +79,23 @@ def run_variant(spec: dict, settings: dict, seconds: float, eval_samples: int, b
         prompt_embeds=embeds,
         null_embeds=null,
     )
-    if config.warm_start_updates:
-        config.max_updates = config.warm_start_updates
-        trainer.train()  # the warm start's own time counts, and the rest is timed after it
-        seconds -= trainer.seconds
-    probe = [0.0] * 4
     learning_rates, trainer.peaks = trainer.peaks, [0.0, 0.0]  # timed without moving
-    for i in range(len(probe)):
-        started = time.perf_counter()
-        trainer._step()
-        probe[i] = time.perf_counter() - started
+    share = settings.get("coarse_share", 0.0)
+
+    def seconds_of_an_update(coarse: bool) -> float:
+        config.coarse_updates = trainer.update + 1 if coarse else 0
+        probe = []
+        for _ in range(3):
+            started = time.perf_counter()
+            trainer._step()
+            probe.append(time.perf_counter() - started)
+        return min(probe)
+
+    coarse_updates = int(share * seconds / seconds_of_an_update(True)) if share else 0
+    fine_updates = max(1, int((1 - share) * seconds / seconds_of_an_update(False)))
     trainer.peaks = learning_rates
-    if not config.warm_start_updates:
-        trainer.optimizer.state.clear()
-    config.max_updates = trainer.update + max(1, int(seconds / min(probe)))
+    trainer.optimizer.state.clear()
+    config.coarse_updates, config.max_updates = coarse_updates, coarse_updates + fine_updates
     history = trainer.train()
     generator = torch.Generator().manual_seed(12345)
     tuned = draw_samples(policy, trainer.environment, eval_samples, generator, progress=False)

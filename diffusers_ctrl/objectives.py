@@ -117,35 +117,6 @@ def adjoint_matching(
     return loss, _metrics(reward, kl, batch)
 
 
-def critic_matching(
-    policy: Policy,
-    sampler: Sampler,
-    batch: Batch,
-    log_likelihood: LogLikelihood,
-    generator: torch.Generator | None = None,
-    *,
-    adjoint: Callable[[int, Rollout], torch.Tensor],
-    num_regression_steps: int | None = None,
-) -> tuple[torch.Tensor, Metrics]:
-    """Adjoint matching with a critic's adjoint (values.py): no backward pass through the sampler, and almost no noise in the
-    target, but the critic's bias. For a warm start; the other objectives finish.
-
-    Args:
-        adjoint: k, trajectory -> the adjoint at x_k, (B, C, *).
-    """
-    trajectory = rollout(policy, sampler, batch, generator, reference=False)
-    with torch.no_grad():
-        reward = _checked(log_likelihood(trajectory.sample, batch.labels))
-    chosen, scale = _chosen_steps(sampler, num_regression_steps, generator)
-
-    @torch.no_grad()
-    def base_mean(k: int) -> torch.Tensor:
-        return base_transition(policy, sampler, batch, k, trajectory.states[k]).mean
-
-    loss, kl = _regression(policy, sampler, batch, trajectory, chosen, scale, lambda k: adjoint(k + 1, trajectory), base_mean)
-    return loss, _metrics(reward, kl, batch)
-
-
 def _chosen_steps(sampler: Sampler, count: int | None, generator: torch.Generator | None) -> tuple[list[int], float]:
     """A random subset of the noisy steps, and the factor that makes sums over it unbiased."""
     noisy = torch.tensor(sampler.noisy_steps)

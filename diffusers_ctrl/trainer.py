@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from .objectives import OBJECTIVES, NonFiniteError, critic_matching
+from .objectives import OBJECTIVES, NonFiniteError
 from .policy import Policy
-from .rollouts import Batch, Environment, Sampler
-from .values import Value, fit_value, value_adjoint
+from .rollouts import Environment, Sampler
 
 
 STATE_NAME = "trainer_state.json"
@@ -56,13 +55,8 @@ class CTRLConfig:
     objective: str = _option("adjoint_matching", f"One of {sorted(OBJECTIVES)}.")
     truncation: int | None = _option(None, "direct_backprop: differentiate the last so many steps only (biased).")
     num_regression_steps: int | None = _option(None, "adjoint_matching: regress on so many random steps of each trajectory.")
-    warm_start_updates: int = _option(0, "First so many updates learn from a critic fitted to base samples (values.py).")
-    warm_start_samples: int = _option(4000, "Base samples that the critic is fitted to.")
-    warm_start_batch_size: int = _option(64, "Trajectories per micro-batch of the warm start.")
-    warm_start_learning_rate: float = _option(
-        3e-3, "LoRA's peak learning rate in the warm start; the label encoder's in proportion."
-    )
-    warm_start_steps: int | None = _option(4, "Warm start: regress on so many random steps of each trajectory; null for all.")
+    coarse_updates: int = _option(0, "First so many updates run on the coarser law of `coarse_steps` denoising steps, for speed.")
+    coarse_steps: int = _option(8, "Denoising steps of the coarse start; what is learned there carries over.")
     merge_lora: bool = _option(False, "Compute W + BA once an update: about half the cost on small float32 models.")
     checkpointing: bool = _option(False, "Recompute denoiser calls in backward: less memory, more time.")
     batch_size: int = _option(64, "Trajectories per micro-batch and process.")
@@ -171,6 +165,11 @@ class CTRLTrainer:
             None if prompt_embeds is None else prompt_embeds.to(device),
             None if null_embeds is None else null_embeds.to(device),
         )
+        self.coarse = self.environment
+        if config.coarse_updates:
+            own = type(scheduler).from_config(scheduler.config)  # a scheduler holds one grid of timesteps
+            coarse = Sampler(own, config.coarse_steps, self.environment.sampler.options)
+            self.coarse = replace(self.environment, sampler=coarse)
         self.log_partition = log_partition
         self.save_images = save_images
         groups = policy.trainable_parameters()
@@ -185,7 +184,6 @@ class CTRLTrainer:
             weight_decay=config.weight_decay,
         )
         self.optimizer = self.accelerator.prepare(optimizer)
-        self.value: Value | None = None
         self.update = 0
         self.seconds = 0.0
         self.history: list[dict[str, float]] = []
@@ -208,12 +206,6 @@ class CTRLTrainer:
         if config.report_to != "none":
             settings = {k: v for k, v in asdict(config).items() if isinstance(v, (int, float, str, bool))}
             self.accelerator.init_trackers("ctrl", config=settings)
-        if self.update < config.warm_start_updates:
-            started = time.perf_counter()
-            # the same critic on every process and after every resume: its generator depends on the seed alone
-            generator = torch.Generator(self.accelerator.device).manual_seed(config.seed + 3_000_017)
-            self.value = fit_value(self.policy, self.environment, config.warm_start_samples, generator, progress=main)
-            self.seconds += time.perf_counter() - started
         bar = tqdm(total=config.max_updates, initial=self.update, desc="training", unit="update", disable=not main)
         smooth = None
         while self.update < config.max_updates:
@@ -250,15 +242,11 @@ class CTRLTrainer:
         return self.history
 
     def learning_rate(self, update: int) -> float:
-        """Fraction of the peaks: linear warm-up, then a cosine to `lr_final`; once for the warm start, once for the rest."""
-        config, peak = self.config, 1.0
-        if update < config.warm_start_updates:
-            done, length, peak = update, config.warm_start_updates, config.warm_start_learning_rate / config.learning_rate
-        else:
-            done, length = update - config.warm_start_updates, max(1, config.max_updates - config.warm_start_updates)
-        warm = min(1.0, (done + 1) / max(config.lr_warmup, 1))
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done / length)))
-        return peak * warm * (config.lr_final + (1 - config.lr_final) * cosine)
+        """Fraction of the peak: linear warm-up, then a cosine to `lr_final`."""
+        config = self.config
+        warm = min(1.0, (update + 1) / max(config.lr_warmup, 1))
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, update / config.max_updates)))
+        return warm * (config.lr_final + (1 - config.lr_final) * cosine)
 
     def _generator(self, micro: int) -> torch.Generator:
         entropy = (self.config.seed, self.update, micro, self.accelerator.process_index)
@@ -267,24 +255,23 @@ class CTRLTrainer:
 
     def _step(self) -> dict[str, float]:
         config, accelerator = self.config, self.accelerator
-        warm = self.update < config.warm_start_updates
+        environment = self.coarse if self.update < config.coarse_updates else self.environment
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * self.learning_rate(self.update)
         totals: dict[str, float] = {}
         for micro in range(config.gradient_accumulation_steps):
             generator = self._generator(micro)
-            batch = self.environment.draw(config.warm_start_batch_size if warm else config.batch_size, generator)
-            objective, options = self._objective(batch, warm)
+            batch = environment.draw(config.batch_size, generator)
             try:
                 with self.policy.merged(config.merge_lora):
                     with accelerator.autocast():
-                        loss, metrics = objective(
+                        loss, metrics = OBJECTIVES[config.objective](
                             self.policy,
-                            self.environment.sampler,
+                            environment.sampler,
                             batch,
-                            self.environment.log_likelihood,
+                            environment.log_likelihood,
                             generator,
-                            **options,
+                            **config.objective_options(),
                         )
                     if not torch.isfinite(loss):
                         raise NonFiniteError(f"the loss is {loss.item()}")
@@ -308,12 +295,6 @@ class CTRLTrainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {**totals, "grad_norm": float(norm)}
-
-    def _objective(self, batch: Batch, warm: bool) -> tuple[Callable[..., Any], dict[str, Any]]:
-        if not warm:
-            return OBJECTIVES[self.config.objective], self.config.objective_options()
-        adjoint = value_adjoint(self.value, self.environment, batch.label_rows, batch.prompts)
-        return critic_matching, {"adjoint": adjoint, "num_regression_steps": self.config.warm_start_steps}
 
     # -- checkpoints: safetensors and JSON, written under a temporary name and renamed --
 

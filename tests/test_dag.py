@@ -18,7 +18,6 @@ ORDER = (
     "injection",
     "policy",
     "rollouts",
-    "values",
     "classifiers",
     "rewards",
     "objectives",

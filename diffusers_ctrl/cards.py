@@ -38,6 +38,7 @@ def card_text(config: AdapterConfig, *, prompts: Sequence[str], attribute: str) 
             ("J = gamma log p̂ − KL, nats", "objective"),
             ("KL to the base, nats", "kl"),
             ("**gap = log Z − J, nats**", "gap"),
+            ("gap to log Z from base samples, nats", "gap_from_base"),
         )
     )
     doubt = " The effective sample size is low: the gap is only a lower bound." if metrics.get("gap_is_lower_bound") else ""

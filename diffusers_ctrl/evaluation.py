@@ -231,7 +231,8 @@ def evaluate(
         oracle: images -> true label row (N,), never seen in training. prompt_oracle: images, prompt rows -> (N,) bool.
 
     Returns:
-        A flat dict: NAME, NAME_se, base_NAME, exact_NAME, by_label.{label}.NAME, and `gap_is_lower_bound`.
+        A flat dict: NAME, NAME_se, base_NAME, exact_NAME, by_label.{label}.NAME, `gap_is_lower_bound`, and `gap_from_base`, the gap
+        to log Z as the base samples estimate it: the cross-check, and the one to trust where the other is a lower bound.
     """
     classes, gamma = len(environment.labels), environment.gamma
     out: dict[str, Any] = _scores(tuned, classes, oracle, prompt_oracle)
@@ -242,6 +243,8 @@ def evaluate(
     out["ess"], out["smallest_ess"], out["gap_is_lower_bound"] = whole.ess, whole.smallest_ess, whole.is_lower_bound
     out |= {f"base_{name}": value for name, value in _scores(base, classes, oracle, prompt_oracle).items()}
     out |= exact_law(base, environment, oracle)
+    out["gap_from_base"] = out["base_log_partition"] - out["objective"]
+    out["gap_from_base_se"] = math.hypot(out["base_log_partition_se"], out["objective_se"])
     found = None if oracle is None else oracle(tuned.images).cpu()
     for row, name in enumerate(label_names):
         rows = (tuned.label_rows == row).nonzero().flatten()

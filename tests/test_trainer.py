@@ -85,6 +85,18 @@ def test_accumulated_micro_batches_average(tmp_path):
     assert any(not torch.equal(v, weights(single)[n]) for n, v in weights(one).items())
 
 
+def test_a_coarse_start_runs_on_fewer_steps_and_then_on_all(tmp_path):
+    trainer = make_trainer(tmp_path, coarse_updates=2, coarse_steps=4, max_updates=3)
+    seen = []
+    denoise = trainer.policy._denoise
+    trainer.policy._denoise = lambda x, t, *rest: (seen.append((trainer.update, int(t))), denoise(x, t, *rest))[1]
+    trainer.train()
+    grids = [sorted({t for update, t in seen if update == u}, reverse=True) for u in range(3)]
+    assert grids[0] == grids[1] == [999, 749, 499, 249]
+    assert grids[2] == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]
+    assert trainer.environment.sampler.scheduler.num_inference_steps == 10
+
+
 def test_old_checkpoints_are_pruned_and_nothing_is_half_written(tmp_path):
     make_trainer(tmp_path, checkpoint_every=1, checkpoints_total_limit=2).train()
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())

@@ -176,11 +176,11 @@ def print_table(metrics: dict[str, Any], names: list[str]) -> None:
     for name in ("accuracy", "macro_f1", "prompt_accuracy", "log_likelihood"):
         print(f"{name:24}{cell(name):>18}{cell('base_' + name):>18}{cell('exact_' + name):>18}")
     print(f"{'log_partition (nats)':24}{cell('log_partition'):>18}{cell('base_log_partition'):>18}")
-    for name in ("objective", "kl", "gap"):
+    for name in ("objective", "kl", "gap", "gap_from_base"):
         print(f"{name + ' (nats)':24}{cell(name):>18}")
     print(f"{'effective sample size':24}{metrics['ess']:>18.0f}   (smallest prompt-label pair: {metrics['smallest_ess']:.1f})")
     if metrics["gap_is_lower_bound"]:
-        print("warning: the effective sample size of some pair is under 10, so the gap is only a lower bound.")
+        print("warning: the effective sample size of some pair is under 10, so gap is only a lower bound; gap_from_base is not.")
     for name in names:
         shown = {key: metrics.get(f"by_label.{name}.{key}") for key in ("accuracy", "kl", "gap")}
         print(f"  {name:22}" + "  ".join(f"{k} {v:.3f}" for k, v in shown.items() if v is not None))
@@ -297,13 +297,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     }
     if not accelerator.is_main_process:
         return metrics
-    tuned = draw_samples(
-        policy,
-        environment,
-        task.eval_samples,
-        torch.Generator(accelerator.device).manual_seed(config.seed + 2_000_003),
-        description="evaluation",
-    )
+    with policy.merged(config.merge_lora):
+        tuned = draw_samples(
+            policy,
+            environment,
+            task.eval_samples,
+            torch.Generator(accelerator.device).manual_seed(config.seed + 2_000_003),
+            description="evaluation",
+        )
     judge_prompts = None
     if prompt_oracle is not None:
 

@@ -67,7 +67,6 @@ class CTRLConfig:
     lr_warmup: int = _option(5, "Updates of linear warm-up.")
     lr_final: float = _option(0.02, "Learning rate at the end of the cosine, as a fraction of the peak.")
     adam_beta2: float = _option(0.99, "AdamW's second-moment decay.")
-    ema_decay: float = _option(0.0, "Exponential average of the weights, which is what is kept in the end; 0 for none.")
     weight_decay: float = _option(0.0, "AdamW weight decay.")
     max_grad_norm: float = _option(1.0, "Gradient norm above which gradients are scaled down.")
     mixed_precision: str = _option("no", "no, bf16 or fp16 (autocast; LoRA and label encoder stay float32).")
@@ -84,8 +83,6 @@ class CTRLConfig:
             raise ValueError(f"mixed_precision must be no, bf16 or fp16, got {self.mixed_precision!r}.")
         if not self.gamma > 0:
             raise ValueError(f"gamma must be positive, got {self.gamma}.")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must be 0 or between 0 and 1, got {self.ema_decay}.")
         for name in ("batch_size", "gradient_accumulation_steps", "max_updates", "num_inference_steps", "lora_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -187,7 +184,6 @@ class CTRLTrainer:
             weight_decay=config.weight_decay,
         )
         self.optimizer = self.accelerator.prepare(optimizer)
-        self.average = [p.detach().clone() for p in self._named.values()] if config.ema_decay else []
         self.update = 0
         self.seconds = 0.0
         self.history: list[dict[str, float]] = []
@@ -241,8 +237,6 @@ class CTRLTrainer:
                 self.save_images(self.update, self.policy)
         bar.close()
         self._save_checkpoint()
-        for parameter, mean in zip(self._named.values(), self.average, strict=False):
-            parameter.data.copy_(mean)
         if config.report_to != "none":
             self.accelerator.end_training()
         return self.history
@@ -300,10 +294,6 @@ class CTRLTrainer:
             raise NonFiniteError(f"the gradient's norm is {float(norm)}")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        # the average forgets its start at the pace it has run, so that a short run is not pulled towards the base
-        decay = min(config.ema_decay, (self.update + 1) / (self.update + 10))
-        for parameter, mean in zip(parameters, self.average, strict=False):
-            mean.lerp_(parameter.detach(), 1 - decay)
         return {**totals, "grad_norm": float(norm)}
 
     # -- checkpoints: safetensors and JSON, written under a temporary name and renamed --
@@ -315,7 +305,7 @@ class CTRLTrainer:
             temporary = root / f"{folder.name}.tmp"
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            tensors = {f"average.{name}": mean for name, mean in zip(self._named, self.average, strict=False)}
+            tensors = {}
             for name, parameter in self._named.items():
                 tensors[f"parameter.{name}"] = parameter.detach().cpu().contiguous()
                 for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -355,8 +345,6 @@ class CTRLTrainer:
                 with contextlib.suppress(KeyError):
                     value = tensors[f"optimizer.{key}.{name}"]
                     self.optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
-        if self.average:
-            self.average = [tensors[f"average.{name}"].to(p.device) for name, p in named.items()]
         self.update, self.seconds, self.history = state["update"], state["seconds"], state["history"]
         self.accelerator.print(f"resumed from {folder} at update {self.update}")
 

@@ -238,7 +238,7 @@ class CTRLPipeline(DiffusionPipeline):
         hook.embedding = self.label_encoder(labels, gamma)
         hook.strength = float(strength)
         own_scheduler = self.scheduler
-        self.scheduler = self._labelled_scheduler()
+        self.scheduler = self._labelled_scheduler(self._ctrl_config.sampler)
         try:
             hook.base_timesteps = self._deterministic_timesteps(kwargs)
             return super().__call__(**kwargs)
@@ -246,9 +246,8 @@ class CTRLPipeline(DiffusionPipeline):
             self.scheduler = own_scheduler
             hook.embedding, hook.strength, hook.base_timesteps = None, 1.0, frozenset()
 
-    def _labelled_scheduler(self) -> Any:
+    def _labelled_scheduler(self, sampler: dict[str, Any]) -> Any:
         """The pipeline's scheduler, or, where that has no Gaussian step, the one that the adapter was trained with."""
-        sampler = self._ctrl_config.sampler
         if type(self.scheduler).__name__ in supported_schedulers() or sampler["scheduler"] not in supported_schedulers():
             return self.scheduler
         return getattr(diffusers, sampler["scheduler"]).from_config(sampler["scheduler_config"])

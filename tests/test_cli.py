@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_ctrl
 import yaml
 from accelerate.state import AcceleratorState
 from diffusers import PNDMScheduler, StableDiffusionPipeline
 from PIL import Image
 
+import train_ctrl
 from diffusers_ctrl import Categorical, CTRLPipeline, LabelSpace
 from diffusers_ctrl.adapters import load_adapter
 from digits_data import PROMPTS

@@ -144,6 +144,14 @@ def import_function(path: str | None) -> Callable[..., Any] | None:
         raise ValueError(f"{path!r} is not module:function that can be imported: {error}.") from error
 
 
+def prompt_judge(path: str | None, prompts: list[str]) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
+    """The prompt oracle at `path` as a function of images and prompt rows."""
+    oracle = import_function(path)
+    if oracle is None:
+        return None
+    return lambda images, rows: oracle(images, [prompts[row] for row in rows.tolist()])
+
+
 def fit_or_load_classifier(
     task: TaskConfig, space: LabelSpace, images: torch.Tensor, labels: torch.Tensor, folder: Path, seed: int, resume: bool
 ) -> tuple[Classifier, dict[str, Any], float]:
@@ -194,7 +202,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     output.mkdir(parents=True, exist_ok=True)
     trackers = None if config.report_to == "none" else config.report_to
     accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=trackers, project_dir=str(output))
-    oracle, prompt_oracle = import_function(task.oracle), import_function(task.prompt_oracle)
+    oracle = import_function(task.oracle)
 
     # 1. the base and its prompts
     base_folder = resolve_folder(task.base, revision=task.base_revision)
@@ -305,13 +313,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             torch.Generator(accelerator.device).manual_seed(config.seed + 2_000_003),
             description="evaluation",
         )
-    judge_prompts = None
-    if prompt_oracle is not None:
-
-        def judge_prompts(images: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-            return prompt_oracle(images, [task.prompts[row] for row in rows.tolist()])
-
-    metrics |= evaluate(tuned, base, environment, names, oracle=oracle, prompt_oracle=judge_prompts)
+    metrics |= evaluate(
+        tuned, base, environment, names, oracle=oracle, prompt_oracle=prompt_judge(task.prompt_oracle, task.prompts)
+    )
     metrics |= {f"classifier_{key}": value for key, value in calibration.items()}
     metrics["seconds_evaluate"] = time.time() - train_started - train_seconds
     metrics["seconds_total"] = time.time() - started

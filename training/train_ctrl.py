@@ -45,7 +45,7 @@ from diffusers_ctrl.rewards import classifier_reward  # noqa: E402
 from diffusers_ctrl.trainer import _option  # noqa: E402
 from digits_data import write_digits_dataset  # noqa: E402
 from figures import plot_confusion, plot_curves, plot_samples, sample_rows  # noqa: E402
-from labelled_data import load_labelled_images  # noqa: E402
+from labelled_data import LabelledImages, load_labelled_images  # noqa: E402
 from sampled_data import write_sampled_dataset  # noqa: E402
 
 
@@ -152,6 +152,49 @@ def prompt_judge(path: str | None, prompts: list[str]) -> Callable[[torch.Tensor
     return lambda images, rows: oracle(images, [prompts[row] for row in rows.tolist()])
 
 
+def load_base(task: TaskConfig) -> DiffusionPipeline:
+    """The frozen base pipeline, with the task's scheduler where it names one."""
+    folder = resolve_folder(task.base, revision=task.base_revision)
+    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=DTYPES[task.dtype])
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.requires_grad_(False)
+    if task.scheduler is not None:
+        pipe.scheduler = getattr(diffusers, task.scheduler).from_config(pipe.scheduler.config)
+    return pipe
+
+
+def labelled_images(task: TaskConfig, config: CTRLConfig, pipe: DiffusionPipeline) -> LabelledImages:
+    """The task's dataset, written first where it is the embedded digits or the base's own samples."""
+    dataset, folder = task.dataset, Path(config.output_dir) / "dataset"
+    if dataset.startswith("digits:"):
+        dataset = str(write_digits_dataset(folder, dataset.split(":", 1)[1], task.num_labels or 1797, config.seed))
+    elif dataset == "base-samples":
+        dataset = str(folder)
+        if not (config.resume_from and (folder / "train.parquet").is_file()):
+            settings = {name: getattr(config, name) for name in ("num_inference_steps", "guidance_scale", "eta")}
+            accepted = inspect.signature(pipe.__call__).parameters
+            write_sampled_dataset(
+                folder,
+                pipe,
+                task.prompts,
+                import_function(task.labeller),
+                task.label_names,
+                task.num_labels,
+                seed=config.seed,
+                **{name: value for name, value in settings.items() if name in accepted},
+            )
+    return load_labelled_images(
+        dataset,
+        task.resolution or latent_shape(pipe)[-1] * getattr(pipe, "vae_scale_factor", 1),
+        image_column=task.image_column,
+        label_column=task.label_column,
+        label_names=task.label_names,
+        max_rows=task.num_labels,
+        skip_unreadable=task.skip_unreadable,
+    )
+
+
 def fit_or_load_classifier(
     task: TaskConfig, space: LabelSpace, images: torch.Tensor, labels: torch.Tensor, folder: Path, seed: int, resume: bool
 ) -> tuple[Classifier, dict[str, Any], float]:
@@ -205,48 +248,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     oracle = import_function(task.oracle)
 
     # 1. the base and its prompts
-    base_folder = resolve_folder(task.base, revision=task.base_revision)
-    pipe = DiffusionPipeline.from_pretrained(base_folder, torch_dtype=DTYPES[task.dtype])
-    pipe.to(accelerator.device)
+    pipe = load_base(task).to(accelerator.device)
     denoiser_name = "unet" if getattr(pipe, "unet", None) is not None else "transformer"
     denoiser = getattr(pipe, denoiser_name)
-    for component in pipe.components.values():
-        if isinstance(component, torch.nn.Module):
-            component.requires_grad_(False)
     fingerprint = denoiser_sha256(denoiser)
-    if task.scheduler is not None:
-        pipe.scheduler = getattr(diffusers, task.scheduler).from_config(pipe.scheduler.config)
     prompt_embeds, null_embeds = encode_prompts(pipe, task.prompts)
     shape, decode = latent_shape(pipe), decoder(pipe)
-    size = task.resolution or shape[-1] * getattr(pipe, "vae_scale_factor", 1)
 
     # 2. labelled images, seen through the base's autoencoder, and a calibrated classifier
-    dataset = task.dataset
-    if dataset.startswith("digits:"):
-        dataset = str(write_digits_dataset(output / "dataset", dataset.split(":", 1)[1], task.num_labels or 1797, config.seed))
-    if dataset == "base-samples":
-        dataset = str(output / "dataset")
-        if not (config.resume_from and (output / "dataset" / "train.parquet").is_file()):
-            settings = {
-                "num_inference_steps": config.num_inference_steps,
-                "guidance_scale": config.guidance_scale,
-                "eta": config.eta,
-            }
-            accepted = inspect.signature(pipe.__call__).parameters
-            settings = {key: value for key, value in settings.items() if key in accepted}
-            labeller = import_function(task.labeller)
-            write_sampled_dataset(
-                dataset, pipe, task.prompts, labeller, task.label_names, task.num_labels, seed=config.seed, **settings
-            )
-    data = load_labelled_images(
-        dataset,
-        size,
-        image_column=task.image_column,
-        label_column=task.label_column,
-        label_names=task.label_names,
-        max_rows=task.num_labels,
-        skip_unreadable=task.skip_unreadable,
-    )
+    data = labelled_images(task, config, pipe)
     names = list(data.names)
     space = LabelSpace({task.attribute: Categorical(tuple(names))})
     classifier, calibration, classifier_seconds = fit_or_load_classifier(

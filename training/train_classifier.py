@@ -1,0 +1,38 @@
+"""Fits and calibrates the classifier alone: the first stage of train_ctrl.py, with the same config and options.
+
+    python training/train_classifier.py [--config training/configs/NAME.yaml] [--ANY_FIELD VALUE …]
+
+Writes OUTPUT_DIR/classifier, with its accuracy, NLL and calibration error in calibration.json.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from diffusers_ctrl import Categorical, LabelSpace  # noqa: E402
+from diffusers_ctrl.pipelines import round_trip  # noqa: E402
+from train_ctrl import fit_or_load_classifier, labelled_images, load_base, parse_arguments  # noqa: E402
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    task, config = parse_arguments(arguments)
+    pipe: DiffusionPipeline = load_base(task)
+    data = labelled_images(task, config, pipe)
+    space = LabelSpace({task.attribute: Categorical(data.names)})
+    folder = Path(config.output_dir) / "classifier"
+    _, report, seconds = fit_or_load_classifier(
+        task, space, round_trip(pipe, data.images), data.labels, folder, config.seed, resume=False
+    )
+    print(f"{seconds:.0f} s. Written to {folder}/. Next: accelerate launch training/train_ctrl.py with the same options.")
+    return report
+
+
+if __name__ == "__main__":
+    main()

@@ -245,6 +245,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     output.mkdir(parents=True, exist_ok=True)
     trackers = None if config.report_to == "none" else config.report_to
     accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=trackers, project_dir=str(output))
+    if accelerator.device.type == "cpu":
+        # accelerate launch gives each process one thread; on CPU there is nothing else to use the other cores
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // accelerator.num_processes))
     oracle = import_function(task.oracle)
 
     # 1. the base and its prompts

@@ -1,6 +1,6 @@
 """How fast each way of training closes the gap on the digits: benchmarks/experiments/*.yaml -> benchmarks/results/*.json.
 
-    python benchmarks/gap_against_seconds.py benchmarks/experiments/digits_stroke_objectives.yaml [--only NAME …] [--seconds 120]
+    python benchmarks/gap_against_seconds.py benchmarks/experiments/digits_stroke_search.yaml [--only NAME …] [--seconds 120]
 
 Each variant gets the same classifier, the same base samples and the same seconds of training: its number of updates, and with it
 its cosine schedule, is set from the time of its first updates. The certificate is then measured on fresh trajectories.

@@ -91,7 +91,6 @@ class CTRLPipeline(DiffusionPipeline):
         if not (inspect.isclass(base_class) and issubclass(base_class, DiffusionPipeline)):
             raise ValueError(f"{location} names the pipeline class {index.get('_class_name')!r}, which diffusers does not have.")
         pipe = super(CTRLPipeline, ctrl_pipeline_class(base_class)).from_pretrained(location, **kwargs)
-        pipe._ctrl_base = {"id": str(name), "revision": kwargs.get("revision")}
         if adapter is not None:
             pipe.load_ctrl_adapter(adapter, **hub)
         return pipe

@@ -1,8 +1,9 @@
-"""Rewards: functions (images, labels) -> log-likelihood in nats. Conditionally independent attributes add."""
+"""Rewards: functions (images, labels) -> log-likelihood in nats. Attributes that are independent given the image add
+(`Classifier.log_prob` sums those that a label gives)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
@@ -16,12 +17,3 @@ def classifier_reward(classifier: Classifier) -> Reward:
     """log p̂(y | x) of a calibrated classifier: images (B, C, H, W) in [0, 1], labels (B, A) -> (B,) nats."""
     classifier.eval().requires_grad_(False)
     return classifier.log_prob
-
-
-def sum_of_rewards(rewards: Sequence[Reward], columns: Sequence[Sequence[int]]) -> Reward:
-    """Adds rewards for attributes that are independent given the image; reward i reads label columns `columns[i]`."""
-
-    def reward(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return sum(part(images, labels[:, list(which)]) for part, which in zip(rewards, columns, strict=True))
-
-    return reward

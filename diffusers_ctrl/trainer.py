@@ -7,11 +7,13 @@ what the uninterrupted one would have drawn, with no generator state to save.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import math
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -103,9 +105,6 @@ def make_sampler(scheduler: Any, config: CTRLConfig) -> Sampler:
     Raises:
         ValueError: if the scheduler has no Gaussian transition, or eta = 0.
     """
-    import inspect
-    import warnings
-
     takes_eta = "eta" in inspect.signature(scheduler.step).parameters
     if takes_eta and 0 < config.eta < 1:
         warnings.warn(

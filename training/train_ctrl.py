@@ -278,10 +278,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         guidance_scale=config.guidance_scale,
         checkpointing=config.checkpointing,
     )
-    latest: dict[str, Any] = {}
 
     def save_images(update: int, policy: Policy) -> None:
-        rows = sample_rows(policy, latest["environment"])
+        rows = sample_rows(policy, trainer.environment)
         (output / "grids").mkdir(exist_ok=True)
         plot_samples(rows, ["base", *names], output / "grids" / f"update-{update:06d}.png", f"update {update}")
 
@@ -297,7 +296,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         save_images=save_images,
         accelerator=accelerator,
     )
-    environment = latest["environment"] = trainer.environment
+    environment = trainer.environment
     generator = torch.Generator(accelerator.device).manual_seed(config.seed + 1_000_003)
     per_label = max(1, task.base_samples // len(names))
     base = draw_samples(policy, environment, per_label, generator, tuned=False, description="base samples")

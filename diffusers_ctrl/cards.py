@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .adapters import AdapterConfig
+from .evaluation import by_gamma
 from .labels import Categorical, LabelSpace
 
 
@@ -41,6 +42,19 @@ def card_text(config: AdapterConfig, *, prompts: Sequence[str], attribute: str) 
             ("gap to log Z from base samples, nats", "gap_from_base"),
         )
     )
+    at_gamma = "".join(
+        f"\n| {gamma:g} | "
+        + " | ".join(_number(row, name) for name in ("accuracy", "exact_accuracy", "kl", "gap", "gap_from_base"))
+        + " |"
+        for gamma, row in by_gamma(metrics).items()
+    )
+    if at_gamma:
+        at_gamma = (
+            f"\nThe same at other gamma, `pipe(..., gamma=…)` from {config.gamma_range[0]:g} to {config.gamma_range[1]:g}:\n\n"
+            "| gamma | accuracy | exact law's | KL | gap | gap to log Z from base samples |\n| --- | --- | --- | --- | --- | --- |"
+            + at_gamma
+            + "\n"
+        )
     doubt = " The effective sample size is low: the gap is only a lower bound." if metrics.get("gap_is_lower_bound") else ""
     return f"""# {attribute} for {config.base["id"]}
 
@@ -61,7 +75,7 @@ image = pipe({prompt}label={label}).images[0]
 | | tuned | base | exact law |
 | --- | --- | --- | --- |
 {rows}
-
+{at_gamma}
 The gap bounds, from above, the KL divergence in nats between what this adapter samples and the exact conditional law.
 Measured with {config.sampler["num_inference_steps"]} steps of {config.sampler["scheduler"]} {config.sampler["options"]}, guidance scale
 {config.sampler["guidance_scale"]:g}; effective sample size {metrics.get("ess", float("nan")):.0f}.{doubt}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -143,6 +143,12 @@ def certificate(samples: Samples, gamma: float, rows: torch.Tensor | None = None
     return Certificate(objective, objective_se, log_partition, log_partition_se, gap, gap_se, sum(ess), min(ess))
 
 
+def gamma_grid(gamma_range: tuple[float, float], count: int = 4) -> list[float]:
+    """`count` values of gamma over a range, both ends included, in equal ratios."""
+    low, high = gamma_range
+    return [float(f"{low * (high / low) ** (i / (count - 1)):.4g}") for i in range(count)]
+
+
 @torch.no_grad()
 def exact_law(base: Samples, environment: Environment, oracle: LabelOracle | None) -> dict[str, float]:
     """What the exact conditional law itself would score, from reweighted base samples; and log Z from base samples.
@@ -255,3 +261,39 @@ def evaluate(
             values["accuracy"] = (found[rows] == row).double().mean().item()
         out |= {f"by_label.{name}.{key}": value for key, value in values.items()}
     return out
+
+
+GAMMA_NAMES = ("accuracy", "prompt_accuracy", "kl", "objective", "log_partition", "gap", "gap_from_base", "ess", "exact_accuracy")
+
+
+def evaluate_gammas(
+    policy: Policy,
+    environment: Environment,
+    base: Samples,
+    gammas: list[float],
+    per_label: int,
+    generator: torch.Generator | None,
+    label_names: list[str],
+    *,
+    oracle: LabelOracle | None = None,
+    prompt_oracle: PromptOracle | None = None,
+) -> dict[str, Any]:
+    """by_gamma.{gamma}.NAME with its NAME_se: the certificate and the accuracies at each gamma, on `per_label` fresh samples each."""
+    out: dict[str, Any] = {}
+    for gamma in gammas:
+        at = replace(environment, gamma=gamma)
+        tuned = draw_samples(policy, at, per_label, generator, description=f"gamma {gamma:g}")
+        found = evaluate(tuned, base, at, label_names, oracle=oracle, prompt_oracle=prompt_oracle)
+        for name in GAMMA_NAMES:
+            out |= {f"by_gamma.{gamma:g}.{key}": found[key] for key in (name, f"{name}_se") if key in found}
+    return out
+
+
+def by_gamma(metrics: dict[str, Any]) -> dict[float, dict[str, float]]:
+    """The rows of `evaluate_gammas` in a flat dict of metrics: {gamma: {NAME: value}}, in order of gamma."""
+    rows: dict[float, dict[str, float]] = {}
+    for key, value in metrics.items():
+        if key.startswith("by_gamma."):
+            gamma, _, name = key.removeprefix("by_gamma.").rpartition(".")
+            rows.setdefault(float(gamma), {})[name] = value
+    return dict(sorted(rows.items()))

@@ -11,7 +11,7 @@ law of the result stays absolutely continuous, and J ≤ log Z holds.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -181,7 +181,8 @@ class Environment:
         shape: (C, H, W) of a state.
         reward: images, labels (B, A) -> (B,) log-likelihood in nats.
         labels: (M, A), the labels that are drawn, uniformly.
-        gamma: exponent of the likelihood.
+        gamma: exponent of the likelihood, of every batch but those of `draw` where there is a range.
+        gamma_range: (low, high); `draw` then draws gamma log-uniformly from it, one for each trajectory.
         decode: states (B, C, *) -> images in [0, 1]; identity by default. Differentiable where the reward is.
         prompt_embeds: (P, L, D), the prompts that are drawn, uniformly; None for an unconditional denoiser.
         null_embeds: (1, L, D), for guidance.
@@ -192,6 +193,7 @@ class Environment:
     reward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     labels: torch.Tensor
     gamma: float = 1.0
+    gamma_range: tuple[float, float] | None = None
     decode: Callable[[torch.Tensor], torch.Tensor] = field(default=lambda x: x)
     prompt_embeds: torch.Tensor | None = None
     null_embeds: torch.Tensor | None = None
@@ -223,7 +225,15 @@ class Environment:
         device = generator.device if generator is not None else "cpu"
         rounds = [torch.randperm(pairs, generator=generator, device=device).cpu() for _ in range(-(-size // pairs))]
         index = torch.cat(rounds)[:size]
-        return self.batch(index % len(self.labels), index // len(self.labels), generator)
+        batch = self.batch(index % len(self.labels), index // len(self.labels), generator)
+        if self.gamma_range is None:
+            return batch
+        low, high = self.gamma_range
+        # stratified: every batch covers the range
+        place = (
+            torch.randperm(size, generator=generator, device=device) + torch.rand(size, generator=generator, device=device)
+        ) / size
+        return replace(batch, gamma=(low * (high / low) ** place).to(batch.gamma))
 
     def grid(self, per_label: int, generator: torch.Generator | None) -> Batch:
         """`per_label` rows of each label, in order of label, each running through the prompts in turn."""

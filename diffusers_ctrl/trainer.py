@@ -50,7 +50,8 @@ class CTRLConfig:
     num_inference_steps: int = _option(20, "K, denoising steps of the law that is tuned.")
     eta: float = _option(1.0, "DDIM's noise: 1 is memoryless and unbiased, below 1 biased, 0 refused. Ignored by other schedulers.")
     guidance_scale: float = _option(1.0, "Classifier-free guidance of the law that is tuned; 1 is none, at half the cost.")
-    gamma: float = _option(1.0, "Exponent of p(y|x): 1 is Bayes' posterior.")
+    gamma: float = _option(1.0, "Exponent of p(y|x): 1 is Bayes' posterior. With a range, the one that a call without gamma= gets.")
+    gamma_range: list[float] | None = _option(None, "LOW HIGH: train for all gamma in between (log-uniform), chosen at the call.")
     lora_rank: int = _option(16, "Rank of LoRA on each target.")
     lora_targets: list[str] = _option(["to_q", "to_k", "to_v", "to_out.0"], "Suffixes of the module names that get LoRA.")
     injection_site: str | None = _option(None, "Module path of the time embedding, where it is not found by itself.")
@@ -85,6 +86,11 @@ class CTRLConfig:
             raise ValueError(f"mixed_precision must be no, bf16 or fp16, got {self.mixed_precision!r}.")
         if not self.gamma > 0:
             raise ValueError(f"gamma must be positive, got {self.gamma}.")
+        if self.gamma_range is not None:
+            if len(self.gamma_range) != 2 or not 0 < self.gamma_range[0] < self.gamma_range[1]:
+                raise ValueError(f"gamma_range must be two numbers, 0 < LOW < HIGH; got {self.gamma_range}.")
+            if not self.gamma_range[0] <= self.gamma <= self.gamma_range[1]:
+                raise ValueError(f"gamma = {self.gamma} lies outside gamma_range {self.gamma_range}.")
         for name in ("batch_size", "gradient_accumulation_steps", "max_updates", "num_inference_steps", "lora_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -160,6 +166,7 @@ class CTRLTrainer:
             reward,
             labels.to(device),
             config.gamma,
+            None if config.gamma_range is None else tuple(config.gamma_range),
             decode or (lambda x: x),
             None if prompt_embeds is None else prompt_embeds.to(device),
             None if null_embeds is None else null_embeds.to(device),

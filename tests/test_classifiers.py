@@ -101,6 +101,29 @@ def test_labels_that_are_not_given_are_left_out():
             assert (log_probs.argmax(1) == truth[:, column]).float().mean() > 0.9
 
 
+def test_members_are_cross_fitted():
+    """Every label is held out from one member, the members differ, and their mean is better than they are on new data."""
+    classifier = tiny(members=3)
+    images, labels = pictures(150, noise=0.3)
+    report = fit(classifier, images, labels[:, :1])
+    assert (report.num_train, report.num_validation) == (100, 150)
+    assert 0.2 < report.temperature < 5
+    held_out, truth = pictures(600, seed=1, noise=0.3)
+    with torch.no_grad():
+        (logits,) = classifier(held_out)
+        assert logits.shape == (3, 600, 3)
+        assert (logits[0] - logits[1]).abs().max() > 1e-2
+        alone = [F.cross_entropy(z / report.temperature, truth[:, 0].long()).item() for z in logits]
+        together = -classifier.log_prob(held_out, truth[:, :1]).mean().item()
+        torch.testing.assert_close(classifier.log_probs(held_out)[0].exp().sum(1), torch.ones(600))
+    assert together < sum(alone) / 3
+
+
+def test_members_must_be_one_or_more():
+    with pytest.raises(ValueError, match="members must be at least 1, got 0"):
+        tiny(members=0)
+
+
 def test_a_class_without_images():
     images, labels = pictures(60)
     labels[:, 0].clamp_(max=1)
@@ -176,7 +199,7 @@ def test_calibrate_sets_one_temperature_an_attribute():
     report = calibrate(classifier, images, labels)
     temperatures = classifier.config.temperatures
     assert len(temperatures) == 2 and temperatures[0] != temperatures[1]
-    for column, (logits, temperature) in enumerate(zip(classifier(images), temperatures, strict=True)):
+    for column, ((logits,), temperature) in enumerate(zip(classifier(images), temperatures, strict=True)):
         label = labels[:, column].long()
         assert F.cross_entropy(logits / temperature, label) <= F.cross_entropy(logits, label) + 1e-6
         assert temperature == pytest.approx(fit_temperature(logits, label), rel=1e-6)
@@ -191,7 +214,7 @@ def test_log_prob_is_the_sum_of_the_attributes_log_softmax():
     classifier = tiny(TWO, temperatures=(2.0, 0.5)).eval()
     images, labels = pictures(10)
     with torch.no_grad():
-        shade, side = classifier(images)
+        (shade,), (side,) = classifier(images)
         expected = (shade / 2.0).log_softmax(1)[range(10), labels[:, 0].long()]
         expected = expected + (side / 0.5).log_softmax(1)[range(10), labels[:, 1].long()]
         torch.testing.assert_close(classifier.log_prob(images, labels), expected)
@@ -220,7 +243,7 @@ def test_labels_that_are_not_given_count_nothing():
 @pytest.mark.parametrize("label", [0.0, 2.0, NAN])
 def test_the_gradient_is_finite_for_extreme_logits(size, label):
     classifier = tiny().eval().requires_grad_(False)
-    classifier.heads[0].bias.copy_(torch.tensor([-size, 0.0, size]))
+    classifier.networks[0].heads[0].bias.copy_(torch.tensor([-size, 0.0, size]))
     images = pictures(4)[0].requires_grad_()
     value = classifier.log_prob(images, torch.full((4, 1), label))
     (gradient,) = torch.autograd.grad(value.sum(), images)
@@ -261,8 +284,9 @@ def test_images_of_another_size_are_resized():
 # -- files --
 
 
-def test_save_and_load(tmp_path):
-    classifier = tiny(TWO)
+@pytest.mark.parametrize("members", [1, 2])
+def test_save_and_load(tmp_path, members):
+    classifier = tiny(TWO, members=members)
     fit(classifier, *pictures(60), max_epochs=1)
     classifier.save_pretrained(tmp_path / "classifier")
     again = Classifier.from_pretrained(tmp_path / "classifier")

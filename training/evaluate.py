@@ -23,7 +23,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from diffusers_ctrl import CTRLPipeline, Policy  # noqa: E402
 from diffusers_ctrl.adapters import load_adapter, package_versions, resolve_folder, save_adapter  # noqa: E402
 from diffusers_ctrl.cards import save_card  # noqa: E402
-from diffusers_ctrl.evaluation import confusion_matrix, draw_samples, evaluate  # noqa: E402
+from diffusers_ctrl.evaluation import confusion_matrix, draw_samples, evaluate, evaluate_gammas, gamma_grid  # noqa: E402
 from diffusers_ctrl.injection import load_lora_state_dict  # noqa: E402
 from diffusers_ctrl.pipelines import decoder, encode_prompts, latent_shape  # noqa: E402
 from diffusers_ctrl.rewards import classifier_reward  # noqa: E402
@@ -69,12 +69,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         classifier_reward(adapter.classifier),
         torch.stack([space.encode(value)[0] for value in space.values()]),
         adapter.config.gamma,
-        decoder(pipe),
-        embeds,
-        null,
+        decode=decoder(pipe),
+        prompt_embeds=embeds,
+        null_embeds=null,
     )
     names = [next(iter(value.values())) for value in space.values()]
     oracle = import_function(task.oracle)
+    judges = {"oracle": oracle, "prompt_oracle": prompt_judge(task.prompt_oracle, task.prompts)}
+    kept = {k: v for k, v in adapter.config.metrics.items() if k.startswith(("seconds_", "classifier_", "num_labels", "updates"))}
     with policy.merged():
         tuned = draw_samples(
             policy, environment, task.eval_samples, torch.Generator().manual_seed(config.seed + 2_000_003), description="evaluation"
@@ -82,11 +84,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         per_label = max(1, task.base_samples // len(names))
         generator = torch.Generator().manual_seed(config.seed + 1_000_003)
         base = draw_samples(policy, environment, per_label, generator, tuned=False, description="base samples")
+        metrics = kept | evaluate(tuned, base, environment, names, **judges)
+        if adapter.config.gamma_range is not None:
+            generator = torch.Generator().manual_seed(config.seed + 3_000_003)
+            gammas = gamma_grid(tuple(adapter.config.gamma_range))
+            metrics |= evaluate_gammas(policy, environment, base, gammas, task.eval_samples, generator, names, **judges)
         rows = sample_rows(policy, environment)
-    kept = {k: v for k, v in adapter.config.metrics.items() if k.startswith(("seconds_", "classifier_", "num_labels", "updates"))}
-    metrics = kept | evaluate(
-        tuned, base, environment, names, oracle=oracle, prompt_oracle=prompt_judge(task.prompt_oracle, task.prompts)
-    )
     metrics |= {
         "seed": adapter.config.metrics.get("seed", config.seed),
         "gamma": adapter.config.gamma,

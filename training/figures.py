@@ -18,9 +18,7 @@ from diffusers_ctrl.rollouts import Environment, rollout  # noqa: E402
 
 
 @torch.no_grad()
-def sample_rows(
-    policy: Policy, environment: Environment, columns: int = 10, seed: int = 0, gamma: float | None = None
-) -> torch.Tensor:
+def sample_rows(policy: Policy, environment: Environment, columns: int = 10, seed: int = 0) -> torch.Tensor:
     """Images (1 + M, columns, C, H, W): the base, then each label, every row from the same noise and the same prompts."""
     prompts = torch.arange(columns) % environment.num_prompts
     device = environment.labels.device

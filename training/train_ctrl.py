@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -39,7 +39,15 @@ from diffusers_ctrl.adapters import (  # noqa: E402
 )
 from diffusers_ctrl.cards import save_card  # noqa: E402
 from diffusers_ctrl.classifiers import Classifier, fit_classifier  # noqa: E402
-from diffusers_ctrl.evaluation import confusion_matrix, draw_samples, evaluate, exact_law  # noqa: E402
+from diffusers_ctrl.evaluation import (  # noqa: E402
+    by_gamma,
+    confusion_matrix,
+    draw_samples,
+    evaluate,
+    evaluate_gammas,
+    exact_law,
+    gamma_grid,
+)
 from diffusers_ctrl.pipelines import decoder, encode_prompts, latent_shape, round_trip  # noqa: E402
 from diffusers_ctrl.rewards import classifier_reward  # noqa: E402
 from diffusers_ctrl.trainer import _option  # noqa: E402
@@ -76,7 +84,10 @@ class TaskConfig:
     resolution: int | None = _option(None, "Pixels a side of the images; the base's native size by default.")
     classifier_size: int = _option(32, "Pixels a side that the classifier sees.")
     classifier_widths: list[int] = _option([8, 16, 32], "Channels of the classifier's stages.")
-    classifier_epochs: int = _option(80, "At most so many epochs; early stopping on a fifth of the labels.")
+    classifier_members: int = _option(
+        5, "Networks whose probabilities are averaged, each cross-fitted without a part of the labels."
+    )
+    classifier_epochs: int = _option(80, "At most so many epochs; early stopping on labels that are held out.")
     oracle: str | None = _option(None, "module:function, images -> true class; for evaluation only.")
     prompt_oracle: str | None = _option(None, "module:function, images, list of prompts -> bool; for evaluation only.")
     eval_samples: int = _option(300, "Samples per label in the final evaluation.")
@@ -206,7 +217,11 @@ def fit_or_load_classifier(
     started = time.time()
     set_seed(seed)
     classifier = Classifier(
-        space.to_dict(), image_size=task.classifier_size, in_channels=images.shape[1], widths=tuple(task.classifier_widths)
+        space.to_dict(),
+        image_size=task.classifier_size,
+        in_channels=images.shape[1],
+        widths=tuple(task.classifier_widths),
+        members=task.classifier_members,
     )
     report = fit_classifier(classifier, images, labels.float().unsqueeze(1), seed=seed, max_epochs=task.classifier_epochs)
     print(report.lines(), flush=True)
@@ -232,6 +247,9 @@ def print_table(metrics: dict[str, Any], names: list[str]) -> None:
     print(f"{'effective sample size':24}{metrics['ess']:>18.0f}   (smallest prompt-label pair: {metrics['smallest_ess']:.1f})")
     if metrics["gap_is_lower_bound"]:
         print("warning: the effective sample size of some pair is under 10, so gap is only a lower bound; gap_from_base is not.")
+    for gamma, row in by_gamma(metrics).items():
+        shown = {key: row.get(key) for key in ("accuracy", "exact_accuracy", "kl", "gap", "gap_from_base")}
+        print(f"  gamma {gamma:<16g}" + "  ".join(f"{k} {v:.3f}" for k, v in shown.items() if v is not None))
     for name in names:
         shown = {key: metrics.get(f"by_label.{name}.{key}") for key in ("accuracy", "kl", "gap")}
         print(f"  {name:22}" + "  ".join(f"{k} {v:.3f}" for k, v in shown.items() if v is not None))
@@ -275,6 +293,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         lora_rank=config.lora_rank,
         lora_targets=config.lora_targets,
         injection_site=config.injection_site,
+        gamma_range=None if config.gamma_range is None else tuple(config.gamma_range),
         guidance_scale=config.guidance_scale,
         checkpointing=config.checkpointing,
     )
@@ -300,7 +319,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     generator = torch.Generator(accelerator.device).manual_seed(config.seed + 1_000_003)
     per_label = max(1, task.base_samples // len(names))
     base = draw_samples(policy, environment, per_label, generator, tuned=False, description="base samples")
-    trainer.log_partition = exact_law(base, environment, None)["base_log_partition"]
+    gammas = [config.gamma] if config.gamma_range is None else gamma_grid(tuple(config.gamma_range))
+    log_partitions = [exact_law(base, replace(environment, gamma=gamma), None)["base_log_partition"] for gamma in gammas]
+    trainer.log_partition = sum(log_partitions) / len(gammas)
 
     # 4. train, save, judge
     train_started = time.time()
@@ -325,9 +346,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             torch.Generator(accelerator.device).manual_seed(config.seed + 2_000_003),
             description="evaluation",
         )
-    metrics |= evaluate(
-        tuned, base, environment, names, oracle=oracle, prompt_oracle=prompt_judge(task.prompt_oracle, task.prompts)
-    )
+        judges = {"oracle": oracle, "prompt_oracle": prompt_judge(task.prompt_oracle, task.prompts)}
+        metrics |= evaluate(tuned, base, environment, names, **judges)
+        if config.gamma_range is not None:
+            generator = torch.Generator(accelerator.device).manual_seed(config.seed + 3_000_003)
+            metrics |= evaluate_gammas(policy, environment, base, gammas, task.eval_samples, generator, names, **judges)
     metrics |= {f"classifier_{key}": value for key, value in calibration.items()}
     metrics["seconds_evaluate"] = time.time() - train_started - train_seconds
     metrics["seconds_total"] = time.time() - started
@@ -338,7 +361,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         denoiser=denoiser_name,
         label_space=space.to_dict(),
         gamma=config.gamma,
-        gamma_range=None,
+        gamma_range=config.gamma_range,
         sampler={
             "scheduler": type(pipe.scheduler).__name__,
             "scheduler_config": {k: v for k, v in pipe.scheduler.config.items() if not k.startswith("_")},

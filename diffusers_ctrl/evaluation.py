@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from .particles import effective_sample_size
 from .policy import Policy
 from .rollouts import Environment, rollout
 
@@ -122,7 +123,7 @@ def certificate(samples: Samples, gamma: float, rows: torch.Tensor | None = None
         n, top = len(group), log_w[group].max()
         weights = (log_w[group] - top).exp()
         mean = weights.mean()
-        ess.append((weights.sum() ** 2 / weights.square().sum()).item())
+        ess.append(effective_sample_size(log_w[group]).item())
         log_z = (mean.log() + top).item() + 0.5 * (1 / ess[-1] - 1 / n)
         influence_z, influence_j = weights / mean - 1, j[group] - j[group].mean()
         scale = n * max(n - 1, 1)

@@ -204,7 +204,8 @@ def lora_disabled(layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
 class StrengthHook(ModelHook):
     """On the denoiser itself: runs base + strength · (tuned − base), and the base alone on steps that have no noise.
 
-    With no embedding set the denoiser is the base, bit for bit. The second forward is paid for only where strength ∉ {0, 1}.
+    With no embedding set the denoiser is the base, bit for bit. The second forward is paid for only where strength ∉ {0, 1}, or
+    where `keeps_base` asks for the base's output beside the tuned one (`base_output`).
     """
 
     def __init__(self, label_hook: LabelHook, layers: Sequence[BaseTunerLayer]) -> None:
@@ -213,6 +214,8 @@ class StrengthHook(ModelHook):
         self.embedding: torch.Tensor | None = None
         self.strength = 1.0
         self.base_timesteps: frozenset[int] = frozenset()
+        self.keeps_base = False
+        self.base_output: torch.Tensor | None = None
 
     def new_forward(self, module: nn.Module, *args, **kwargs):
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
@@ -221,12 +224,16 @@ class StrengthHook(ModelHook):
             strength = 0.0
         elif self.base_timesteps and int(torch.as_tensor(timestep).flatten()[0]) in self.base_timesteps:
             strength = 0.0
+        if strength == 1.0 and not self.keeps_base:
+            return self._tuned(*args, **kwargs)
+        base = self._base(*args, **kwargs)
+        if self.keeps_base:
+            self.base_output = base if isinstance(base, torch.Tensor) else base[0]
         if strength == 0.0:
-            return self._base(*args, **kwargs)
+            return base
         tuned = self._tuned(*args, **kwargs)
         if strength == 1.0:
             return tuned
-        base = self._base(*args, **kwargs)
         if isinstance(tuned, torch.Tensor):
             return torch.lerp(base, tuned, strength)
         mixed = torch.lerp(base[0], tuned[0], strength)

@@ -12,6 +12,12 @@ of the tuned model, but through the *base* steps only (the lean adjoint): a_K = 
 The optimal control is u_k = −sigma_k E[a_{k+1} | x_k], so regress u_k(x_k) on −sigma_k a_{k+1}. The noise of step k enters
 x_{k+1}, hence the index k + 1. Where u = 0 the two gradients agree to rounding on the same noise.
 
+`policy_gradient` (PPO, arXiv 1707.06347; for diffusion DDPO, arXiv 2305.13301) needs no gradient of log p̂ at all:
+
+    ∇J = E[ Σ_k ∇log p_theta(x_{k+1} | x_k) · (gamma log p̂ − Σ_{j>k} KL_j − b) − Σ_k ∇KL_k(x_k) ]
+
+with any baseline b that does not depend on the trajectory. KL_k is exact, and only the later ones belong to what step k can change.
+
 Signature: objective(policy, sampler, batch, log_likelihood, generator, **options) -> (loss, metrics), where
 log_likelihood(x_K, labels) -> (B,) nats is differentiable, and metrics are floats: reward, kl, objective (= gamma·reward − kl).
 """
@@ -19,11 +25,13 @@ log_likelihood(x_K, labels) -> (B,) nats is differentiable, and metrics are floa
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from .policy import Policy
 from .rollouts import Batch, Rollout, Sampler, base_transition, rollout, tuned_transition
+from .transitions import Transition
 
 
 LogLikelihood = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -38,6 +46,12 @@ def _checked(reward: torch.Tensor) -> torch.Tensor:
     if not torch.isfinite(reward).all():
         bad = (~torch.isfinite(reward)).nonzero().flatten().tolist()
         raise NonFiniteError(f"the log-likelihood is NaN or infinite for {len(bad)} of {len(reward)} samples (rows {bad[:8]})")
+    return reward
+
+
+def _differentiable(reward: torch.Tensor, name: str) -> torch.Tensor:
+    if not reward.requires_grad:
+        raise ValueError(f"{name} needs the gradient of the log-likelihood, and this scorer has none: use policy_gradient.")
     return reward
 
 
@@ -67,7 +81,7 @@ def direct_backprop(
     if truncation is not None and not least <= truncation <= steps:
         raise ValueError(f"truncation must be between {least} and the number of steps, {steps}; got {truncation}.")
     trajectory = rollout(policy, sampler, batch, generator, grad_steps=truncation or steps)
-    reward = _checked(log_likelihood(trajectory.sample, batch.labels))
+    reward = _differentiable(_checked(log_likelihood(trajectory.sample, batch.labels)), "direct_backprop")
     loss = (trajectory.kl - batch.gamma.to(reward) * reward).mean()
     return loss, _metrics(reward, trajectory.kl, batch)
 
@@ -83,7 +97,7 @@ def lean_adjoint(
     """
     with torch.enable_grad():
         x = trajectory.sample.detach().requires_grad_()
-        reward = _checked(log_likelihood(x, batch.labels))
+        reward = _differentiable(_checked(log_likelihood(x, batch.labels)), "adjoint_matching")
         (adjoint,) = torch.autograd.grad(-(batch.gamma.to(reward) * reward).sum(), x)
     steps = len(sampler.timesteps)
     adjoints, base_means = [adjoint], []
@@ -150,7 +164,118 @@ def _regression(
     return loss, kl
 
 
+@dataclass(frozen=True)
+class Experience:
+    """Trajectories taken once and learned from several times. Tensors of N noisy steps, none with a graph.
+
+    states: (N, B, C, *), the x_k of the noisy steps; following: x_{k+1}; base_means: mu_pre(x_k); stds: N tensors.
+    log_probs: (N, B), of the steps taken, in nats; advantages: (N, B) nats; reward, kl: (B,) nats.
+    """
+
+    states: torch.Tensor
+    following: torch.Tensor
+    base_means: torch.Tensor
+    stds: tuple[torch.Tensor, ...]
+    log_probs: torch.Tensor
+    advantages: torch.Tensor
+    reward: torch.Tensor
+    kl: torch.Tensor
+
+
+class Baseline:
+    """Running mean of what is still to come, for each (label, prompt, step): the baseline of `policy_gradient`.
+
+    mean: (labels, prompts, steps) nats. A pair that was never seen takes the mean of the batch at that step.
+    """
+
+    def __init__(self, labels: int, prompts: int, steps: int, decay: float = 0.9) -> None:
+        self.mean = torch.zeros(labels, prompts, steps, dtype=torch.float64)
+        self.seen = torch.zeros(labels, prompts, dtype=torch.float64)
+        self.decay = decay
+
+    def subtract(self, returns: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """(steps, B) returns minus the baseline of earlier batches; then these are taken in."""
+        rows, columns = batch.label_rows.cpu(), batch.prompts.cpu()
+        values = returns.detach().double().cpu()
+        known = self.seen[rows, columns] > 0
+        baseline = torch.where(known, self.mean[rows, columns].T, values.mean(dim=1, keepdim=True))
+        pairs = rows * self.mean.shape[1] + columns
+        for pair in pairs.unique().tolist():
+            chosen, row, column = pairs == pair, pair // self.mean.shape[1], pair % self.mean.shape[1]
+            new = values[:, chosen].mean(dim=1)
+            weight = 1 - self.decay ** chosen.sum().item() if self.seen[row, column] else 1.0
+            self.mean[row, column] += weight * (new - self.mean[row, column])
+            self.seen[row, column] = 1.0
+        return returns - baseline.to(returns)
+
+
+@torch.no_grad()
+def collect(
+    policy: Policy,
+    sampler: Sampler,
+    batch: Batch,
+    log_likelihood: LogLikelihood,
+    generator: torch.Generator | None = None,
+    baseline: Baseline | None = None,
+) -> Experience:
+    """Trajectories of the tuned model, with what each step was worth: gamma·log p̂ minus the KL of the later steps, minus b."""
+    x, states, following, base_means, stds, log_probs, kls = batch.noise, [], [], [], [], [], []
+    for k in range(len(sampler.timesteps)):
+        base = base_transition(policy, sampler, batch, k, x)
+        if k not in sampler.noisy_steps:
+            x = base.mean
+            continue
+        taken = tuned_transition(policy, sampler, batch, k, x)
+        states.append(x)
+        x = taken.sample(generator)
+        following.append(x)
+        base_means.append(base.mean)
+        stds.append(taken.std)
+        log_probs.append(taken.log_prob(x))
+        kls.append(taken.kl(base))
+    reward = _checked(log_likelihood(x, batch.labels))
+    kl = torch.stack(kls)
+    later = kl.flip(0).cumsum(0).flip(0) - kl
+    returns = batch.gamma.to(reward) * reward - later
+    advantages = returns if baseline is None else baseline.subtract(returns, batch)
+    tensors = (torch.stack(part) for part in (states, following, base_means))
+    return Experience(*tensors, tuple(stds), torch.stack(log_probs), advantages, reward, kl.sum(0))
+
+
+def policy_gradient(
+    policy: Policy,
+    sampler: Sampler,
+    batch: Batch,
+    log_likelihood: LogLikelihood,
+    generator: torch.Generator | None = None,
+    *,
+    clip_range: float = 0.2,
+    experience: Experience | None = None,
+    steps: list[int] | None = None,
+) -> tuple[torch.Tensor, Metrics]:
+    """−J's likelihood-ratio gradient, for any scorer: log_likelihood is called without a graph.
+
+    Args:
+        clip_range: PPO's; the ratio of a step's density to what it was at collection gains nothing beyond 1 ± clip_range.
+        experience: trajectories to learn from; fresh ones, without a baseline, if None.
+        steps: which noisy steps (0 … N−1) this call learns from, all by default; the loss is scaled to stand for all.
+    """
+    if experience is None:
+        experience = collect(policy, sampler, batch, log_likelihood, generator)
+    noisy = sampler.noisy_steps
+    steps = list(range(len(noisy))) if steps is None else steps
+    loss = batch.noise.new_zeros(())
+    for i in steps:
+        taken = tuned_transition(policy, sampler, batch, noisy[i], experience.states[i])
+        ratio = (taken.log_prob(experience.following[i]) - experience.log_probs[i]).exp()
+        advantage = experience.advantages[i].to(ratio)
+        gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage)
+        loss = loss + (taken.kl(Transition(experience.base_means[i], experience.stds[i])) - gain).mean()
+    return loss * len(noisy) / len(steps), _metrics(experience.reward, experience.kl, batch)
+
+
 OBJECTIVES: dict[str, Callable[..., tuple[torch.Tensor, Metrics]]] = {
     "direct_backprop": direct_backprop,
     "adjoint_matching": adjoint_matching,
+    "policy_gradient": policy_gradient,
 }

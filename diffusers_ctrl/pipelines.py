@@ -10,12 +10,12 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
@@ -30,6 +30,7 @@ from .adapters import (
     resolve_folder,
     save_adapter,
 )
+from .bases import denoiser_of
 from .classifiers import Classifier
 from .injection import (
     StrengthHook,
@@ -43,6 +44,7 @@ from .injection import (
     site_width,
 )
 from .labels import Label, LabelSpace
+from .particles import ParticlePool, PathRecorder
 from .rollouts import Sampler
 from .transitions import supported_schedulers
 
@@ -96,16 +98,9 @@ class CTRLPipeline(DiffusionPipeline):
         return pipe
 
     @property
-    def _denoiser_name(self) -> str:
-        for name in ("unet", "transformer"):
-            if getattr(self, name, None) is not None:
-                return name
-        raise ValueError(f"{type(self).__name__} has neither a unet nor a transformer to control.")
-
-    @property
     def denoiser(self) -> torch.nn.Module:
         """The unet or the transformer."""
-        return getattr(self, self._denoiser_name)
+        return denoiser_of(self)[1]
 
     @property
     def label_space(self) -> LabelSpace | None:
@@ -128,7 +123,7 @@ class CTRLPipeline(DiffusionPipeline):
         if not isinstance(adapter, Adapter):
             adapter = load_adapter(resolve_folder(adapter, **hub_kwargs))
         denoiser, site = self.denoiser, adapter.config.injection_site
-        check_base(adapter.config, type(self).__name__.removeprefix("CTRL"), self._denoiser_name, denoiser)
+        check_base(adapter.config, type(self).__name__.removeprefix("CTRL"), denoiser_of(self)[0], denoiser)
         width = site_width(find_injection_site(denoiser, site)[1])
         if adapter.label_encoder.config.embedding_dim != width:
             raise ValueError(
@@ -202,7 +197,14 @@ class CTRLPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def __call__(
-        self, *args: Any, label: Label | list[Label] = None, gamma: float | None = None, strength: float = 1.0, **kwargs: Any
+        self,
+        *args: Any,
+        label: Label | list[Label] = None,
+        gamma: float | None = None,
+        strength: float = 1.0,
+        num_particles: int = 1,
+        particle_batch_size: int = 64,
+        **kwargs: Any,
     ) -> Any:
         """The base's call, plus:
 
@@ -210,15 +212,26 @@ class CTRLPipeline(DiffusionPipeline):
             label: a name, an index, a dict {attribute: value}, a list of these (one a prompt), or None for the base, bit for bit.
             gamma: exponent of p̂(y | x); only for adapters trained with a range of gamma.
             strength: 0 = base, 1 = tuned, in between or beyond by interpolation of the two outputs (two forwards then).
+            num_particles: with n > 1, exact sampling: each image is drawn from n trajectories of the tuned model by their importance
+                weights, which tends to p(x | c) p̂(y | x)^gamma as n grows, whatever the training left over. The output then has
+                `log_weights` (images, n) in nats and `ess` (images,), the effective sample size out of n.
+            particle_batch_size: trajectories at a time, at most, so that they fit in memory.
             prompt: optional; the empty prompt if a text pipeline gets none.
 
         With a label, settings that are not given (num_inference_steps, guidance_scale, eta) are those the adapter was trained
         with; without, they are the base's own.
 
         Raises:
-            ValueError: for an unknown label, a wrong number of labels, a label without an adapter, or a gamma that has no effect.
+            ValueError: for an unknown label, a wrong number of labels, a label without an adapter, or a gamma that has no effect;
+                for num_particles without a classifier in the adapter, without noise in the sampler, or with given latents.
         """
+        if num_particles < 1 or particle_batch_size < 1:
+            raise ValueError(
+                f"num_particles and particle_batch_size must be at least 1, got {num_particles}, {particle_batch_size}."
+            )
         if label is None:
+            if num_particles > 1:
+                raise ValueError("num_particles weighs samples by how well they fit a label: pass label= as well.")
             return super().__call__(*args, **kwargs)
         if self._ctrl_config is None:
             raise ValueError(
@@ -233,17 +246,71 @@ class CTRLPipeline(DiffusionPipeline):
                 given |= given.pop(name, {})
         kwargs, rows, repeats = self._complete(given, parameters, label)
         labels = self.label_space.encode(label, rows).repeat_interleave(repeats, dim=0)
-        hook = self._ctrl_hook
-        hook.embedding = self.label_encoder(labels, gamma)
-        hook.strength = float(strength)
         own_scheduler = self.scheduler
         self.scheduler = self._labelled_scheduler(self._ctrl_config.sampler)
         try:
-            hook.base_timesteps = self._deterministic_timesteps(kwargs)
-            return super().__call__(**kwargs)
+            if num_particles > 1:
+                return self._sample_particles(kwargs, labels, repeats, gamma, float(strength), num_particles, particle_batch_size)
+            return self._sample_labelled(kwargs, labels, gamma, float(strength), self._deterministic_timesteps(kwargs))
         finally:
             self.scheduler = own_scheduler
+
+    def _sample_labelled(
+        self, kwargs: dict, labels: torch.Tensor, gamma: float | None, strength: float, base_timesteps: frozenset[int]
+    ) -> Any:
+        """The base's own call with these labels, one an image, on the denoiser's hooks."""
+        hook = self._ctrl_hook
+        hook.embedding, hook.strength, hook.base_timesteps = self.label_encoder(labels, gamma), strength, base_timesteps
+        try:
+            return super().__call__(**kwargs)
+        finally:
             hook.embedding, hook.strength, hook.base_timesteps = None, 1.0, frozenset()
+
+    def _sample_particles(
+        self, kwargs: dict, labels: torch.Tensor, repeats: int, gamma: float | None, strength: float, count: int, batch_size: int
+    ) -> Any:
+        """Exact sampling: `count` trajectories of each of the len(labels) images, weighed, one drawn."""
+        if self._ctrl_classifier is None:
+            raise ValueError(
+                "num_particles needs the adapter's classifier, and this adapter brings none: its folder has no classifier/."
+            )
+        if kwargs.get("latents") is not None:
+            raise ValueError("num_particles cannot be combined with latents: the trajectories need starts of their own.")
+        if kwargs.get("guidance_rescale"):
+            raise ValueError("num_particles cannot be combined with guidance_rescale: the weights know plain guidance only.")
+        if kwargs.get("output_type") == "latent":
+            raise ValueError("num_particles weighs finished images: output_type must not be 'latent'.")
+        sampler = self._sampler(kwargs)
+        recorder = PathRecorder(self._ctrl_hook, sampler, kwargs.get("guidance_scale"))
+        images, generator = len(labels), kwargs.get("generator")
+        pool = ParticlePool(images, generator)
+        quiet, own = dict(getattr(self, "_progress_bar_config", {})), self.scheduler
+        bar = self.progress_bar(total=images * count)
+        self.set_progress_bar_config(**quiet | {"disable": True})
+        self.scheduler = recorder.watched(own)
+        try:
+            while pool.count < count:
+                share = min(max(1, batch_size // images), count - pool.count)
+                call = dict(kwargs, return_dict=True, output_type="pt")
+                call |= {"batch_size": images * share} if "batch_size" in kwargs else {"num_images_per_prompt": repeats * share}
+                if isinstance(generator, list):
+                    call["generator"] = [g for g in generator for _ in range(share)]
+                recorder.reset()
+                rows = labels.repeat_interleave(share, dim=0)
+                output = self._sample_labelled(call, rows, gamma, strength, sampler.deterministic_timesteps)
+                drawn = torch.as_tensor(output.images)
+                if drawn.shape[-1] in (1, 3) and isinstance(output.images, np.ndarray):
+                    drawn = drawn.permute(0, 3, 1, 2)  # a pipeline without output_type="pt"
+                fit = self._ctrl_classifier.log_prob(drawn.to(self.denoiser.device), rows)
+                exponent = self._ctrl_config.gamma if gamma is None else gamma
+                pool.add(drawn.cpu(), (exponent * fit.double() - recorder.log_ratio).cpu(), output)
+                bar.update(images * share)
+        finally:
+            bar.close()
+            self.scheduler = own
+            self.set_progress_bar_config(**quiet)
+            recorder.stop()
+        return pool.output(kwargs.get("output_type", "pil"), kwargs.get("return_dict", True), self.numpy_to_pil)
 
     def _labelled_scheduler(self, sampler: dict[str, Any]) -> Any:
         """The pipeline's scheduler, or, where that has no Gaussian step, the one that the adapter was trained with."""
@@ -286,13 +353,17 @@ class CTRLPipeline(DiffusionPipeline):
             rows = len(prompt) if isinstance(prompt, (list, tuple)) else 1
         return kwargs, rows, given.get("num_images_per_prompt") or 1
 
-    def _deterministic_timesteps(self, arguments: dict) -> frozenset[int]:
-        """Timesteps to leave to the base: those without noise, as in training. All of them act where none has noise (eta = 0)."""
+    def _sampler(self, arguments: dict) -> Sampler:
+        """The law that a call with these arguments samples. Raises ValueError where no step has noise."""
         steps = arguments.get("num_inference_steps") or self._ctrl_config.sampler["num_inference_steps"]
         takes = inspect.signature(self.scheduler.step).parameters
         options = {k: arguments.get(k, v) for k, v in self._ctrl_config.sampler["options"].items() if k in takes}
+        return Sampler(self.scheduler, steps, options)
+
+    def _deterministic_timesteps(self, arguments: dict) -> frozenset[int]:
+        """Timesteps to leave to the base: those without noise, as in training. All of them act where none has noise (eta = 0)."""
         try:
-            return Sampler(self.scheduler, steps, options).deterministic_timesteps
+            return self._sampler(arguments).deterministic_timesteps
         except ValueError as error:
             warnings.warn(f"The label acts, but not as certified: {error}", stacklevel=4)
             return frozenset()
@@ -355,53 +426,3 @@ def _restore_class_name(folder: Path) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(index, indent=2) + "\n")
     os.replace(temporary, path)
-
-
-# -- what training and evaluation need to know of a pipeline --
-
-
-def latent_shape(pipe: DiffusionPipeline) -> tuple[int, int, int]:
-    """(C, H, W) of the states that the pipeline's denoiser works on at its native size."""
-    config = (getattr(pipe, "unet", None) or pipe.transformer).config
-    size = config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return config.in_channels, height, width
-
-
-def decoder(pipe: DiffusionPipeline) -> Callable[[torch.Tensor], torch.Tensor]:
-    """States (B, C, H, W) -> images (B, 3, H', W') in [0, 1] as the pipeline would return them; differentiable."""
-    vae = getattr(pipe, "vae", None)
-
-    def decode(states: torch.Tensor) -> torch.Tensor:
-        if vae is not None:
-            shift = getattr(vae.config, "shift_factor", None) or 0.0
-            states = vae.decode((states / vae.config.scaling_factor + shift).to(vae.dtype), return_dict=False)[0]
-        return (states / 2 + 0.5).clamp(0, 1)
-
-    return decode
-
-
-@torch.no_grad()
-def round_trip(pipe: DiffusionPipeline, images: torch.Tensor, batch_size: int = 64) -> torch.Tensor:
-    """Images (N, 3, H, W) in [0, 1] encoded and decoded by the pipeline's autoencoder: what its samples look like."""
-    vae = getattr(pipe, "vae", None)
-    if vae is None:
-        return images
-    decode = decoder(pipe)
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    done = []
-    for chunk in images.split(batch_size):
-        mean = vae.encode((chunk * 2 - 1).to(vae.device, vae.dtype)).latent_dist.mean
-        done.append(decode((mean - shift) * vae.config.scaling_factor).float().cpu())
-    return torch.cat(done)
-
-
-@torch.no_grad()
-def encode_prompts(pipe: DiffusionPipeline, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-    """Text embeddings (P, L, D) of the prompts, and (1, L, D) of the empty one; (None, None) for a pipeline without text."""
-    if not hasattr(pipe, "encode_prompt"):
-        return None, None
-    device = pipe.denoiser.device if isinstance(pipe, CTRLPipeline) else pipe.device
-    embeds, _ = pipe.encode_prompt(list(prompts), device, 1, False)
-    null, _ = pipe.encode_prompt([""], device, 1, False)
-    return embeds, null

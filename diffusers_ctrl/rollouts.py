@@ -75,7 +75,7 @@ class Batch:
     """What a trajectory starts from. Everything a rollout needs besides the random numbers of its steps.
 
     noise: x_0, (B, C, *). labels: (B, A), NaN where not given. gamma: (B,). prompt_embeds, null_embeds: (B, L, D) or None.
-    prompts: index of each row's prompt among the environment's, (B,).
+    prompts, label_rows: index of each row's prompt and label among the environment's, (B,).
     """
 
     noise: torch.Tensor
@@ -84,6 +84,7 @@ class Batch:
     prompt_embeds: torch.Tensor | None = None
     null_embeds: torch.Tensor | None = None
     prompts: torch.Tensor | None = None
+    label_rows: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.noise)
@@ -217,7 +218,7 @@ class Environment:
         if self.null_embeds is not None:
             null = self.null_embeds.expand(len(label_rows), -1, -1)
         gamma = torch.full((len(label_rows),), float(self.gamma), device=device)
-        return Batch(noise, self.labels[label_rows], gamma, embeds, null, prompt_rows)
+        return Batch(noise, self.labels[label_rows], gamma, embeds, null, prompt_rows, label_rows)
 
     def draw(self, size: int, generator: torch.Generator | None) -> Batch:
         """A random batch in which every (label, prompt) pair is as frequent as the next, up to rounding."""

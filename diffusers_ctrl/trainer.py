@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from .objectives import OBJECTIVES, NonFiniteError
+from .objectives import OBJECTIVES, Baseline, NonFiniteError, collect
 from .policy import Policy
-from .rollouts import Environment, Sampler
+from .rollouts import Batch, Environment, Sampler
 
 
 STATE_NAME = "trainer_state.json"
@@ -58,6 +58,11 @@ class CTRLConfig:
     objective: str = _option("adjoint_matching", f"One of {sorted(OBJECTIVES)}.")
     truncation: int | None = _option(None, "direct_backprop: differentiate the last so many steps only (biased).")
     num_regression_steps: int | None = _option(None, "adjoint_matching: regress on so many random steps of each trajectory.")
+    clip_range: float = _option(0.2, "policy_gradient: PPO's clipping of a step's density ratio.")
+    ppo_epochs: int = _option(2, "policy_gradient: passes over each batch of trajectories.")
+    ppo_minibatches: int = _option(
+        4, "policy_gradient: optimizer steps a pass; each takes its share of the (trajectory, step) pairs."
+    )
     coarse_updates: int = _option(0, "First so many updates run on the coarser law of `coarse_steps` denoising steps, for speed.")
     coarse_steps: int = _option(8, "Denoising steps of the coarse start; what is learned there carries over.")
     merge_lora: bool = _option(False, "Compute W + BA once an update: about half the cost on small float32 models.")
@@ -91,13 +96,25 @@ class CTRLConfig:
                 raise ValueError(f"gamma_range must be two numbers, 0 < LOW < HIGH; got {self.gamma_range}.")
             if not self.gamma_range[0] <= self.gamma <= self.gamma_range[1]:
                 raise ValueError(f"gamma = {self.gamma} lies outside gamma_range {self.gamma_range}.")
-        for name in ("batch_size", "gradient_accumulation_steps", "max_updates", "num_inference_steps", "lora_rank"):
+        for name in (
+            "batch_size",
+            "gradient_accumulation_steps",
+            "max_updates",
+            "num_inference_steps",
+            "lora_rank",
+            "ppo_epochs",
+            "ppo_minibatches",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
     def objective_options(self) -> dict[str, Any]:
         """The chosen objective's own options."""
-        own = {"direct_backprop": ("truncation",), "adjoint_matching": ("num_regression_steps",)}
+        own = {
+            "direct_backprop": ("truncation",),
+            "adjoint_matching": ("num_regression_steps",),
+            "policy_gradient": ("clip_range",),
+        }
         return {name: getattr(self, name) for name in own.get(self.objective, ())}
 
 
@@ -190,6 +207,7 @@ class CTRLTrainer:
             weight_decay=config.weight_decay,
         )
         self.optimizer = self.accelerator.prepare(optimizer)
+        self.baseline: Baseline | None = None
         self.update = 0
         self.seconds = 0.0
         self.history: list[dict[str, float]] = []
@@ -264,29 +282,64 @@ class CTRLTrainer:
         environment = self.coarse if self.update < config.coarse_updates else self.environment
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * self.learning_rate(self.update)
-        totals: dict[str, float] = {}
+        options = config.objective_options()
+        work: list[tuple[Batch, torch.Generator, list[dict[str, Any]]]] = []
         for micro in range(config.gradient_accumulation_steps):
             generator = self._generator(micro)
             batch = environment.draw(config.batch_size, generator)
-            try:
-                with self.policy.merged(config.merge_lora):
-                    with accelerator.autocast():
+            passes = [options]
+            if config.objective == "policy_gradient":
+                passes = [options | part for part in self._experience(environment, batch, generator, micro)]
+            work.append((batch, generator, passes))
+        totals: dict[str, float] = {}
+        for index in range(len(work[0][2])):
+            totals = {}
+            for micro, (batch, generator, passes) in enumerate(work):
+                with self._naming(micro), self.policy.merged(config.merge_lora):
+                    with self.accelerator.autocast():
                         loss, metrics = OBJECTIVES[config.objective](
-                            self.policy,
-                            environment.sampler,
-                            batch,
-                            environment.log_likelihood,
-                            generator,
-                            **config.objective_options(),
+                            self.policy, environment.sampler, batch, environment.log_likelihood, generator, **passes[index]
                         )
                     if not torch.isfinite(loss):
                         raise NonFiniteError(f"the loss is {loss.item()}")
                     accelerator.backward(loss / config.gradient_accumulation_steps)
-            except NonFiniteError as error:
-                self.optimizer.zero_grad(set_to_none=True)
-                raise NonFiniteError(f"in micro-batch {micro + 1} of {config.gradient_accumulation_steps}, {error}") from error
-            for name, value in metrics.items():
-                totals[name] = totals.get(name, 0.0) + value / config.gradient_accumulation_steps
+                for name, value in metrics.items():
+                    totals[name] = totals.get(name, 0.0) + value / config.gradient_accumulation_steps
+            totals = self._optimize(totals)
+        return totals
+
+    def _experience(
+        self, environment: Environment, batch: Batch, generator: torch.Generator, micro: int
+    ) -> Iterator[dict[str, Any]]:
+        """policy_gradient's trajectories, and for each of its optimizer steps the noisy steps that it learns from."""
+        with self._naming(micro), self.policy.merged(self.config.merge_lora), self.accelerator.autocast():
+            experience = collect(
+                self.policy, environment.sampler, batch, environment.log_likelihood, generator, self._baseline(environment)
+            )
+        count = len(environment.sampler.noisy_steps)
+        for _ in range(self.config.ppo_epochs):
+            order = torch.randperm(count, generator=generator, device=generator.device).cpu()
+            for part in order.tensor_split(min(self.config.ppo_minibatches, count)):
+                yield {"experience": experience, "steps": part.tolist()}
+
+    def _baseline(self, environment: Environment) -> Baseline:
+        steps = len(environment.sampler.noisy_steps)
+        if self.baseline is None or self.baseline.mean.shape[2] != steps:
+            self.baseline = Baseline(len(environment.labels), environment.num_prompts, steps)
+        return self.baseline
+
+    @contextlib.contextmanager
+    def _naming(self, micro: int) -> Iterator[None]:
+        """Adds the micro-batch to the message of a NaN, and leaves no half gradient."""
+        try:
+            yield
+        except NonFiniteError as error:
+            self.optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteError(f"in micro-batch {micro + 1} of {self.config.gradient_accumulation_steps}, {error}") from error
+
+    def _optimize(self, totals: dict[str, float]) -> dict[str, float]:
+        """One optimizer step from the gradients of all processes; the metrics with the gradient's norm."""
+        config, accelerator = self.config, self.accelerator
         parameters = list(self._named.values())
         if accelerator.num_processes > 1:
             # not DistributedDataParallel: an objective calls the policy many times, and its reference, before one backward
@@ -316,6 +369,8 @@ class CTRLTrainer:
                 tensors[f"parameter.{name}"] = parameter.detach().cpu().contiguous()
                 for key, value in self.optimizer.state.get(parameter, {}).items():
                     tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+            if self.baseline is not None:
+                tensors |= {"baseline.mean": self.baseline.mean, "baseline.seen": self.baseline.seen}
             save_file(tensors, temporary / TENSORS_NAME)
             state = {"update": self.update, "seconds": self.seconds, "seed": self.config.seed, "history": self.history}
             (temporary / STATE_NAME).write_text(json.dumps(state) + "\n")
@@ -351,6 +406,9 @@ class CTRLTrainer:
                 with contextlib.suppress(KeyError):
                     value = tensors[f"optimizer.{key}.{name}"]
                     self.optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+        if "baseline.mean" in tensors:
+            self.baseline = Baseline(*tensors["baseline.mean"].shape)
+            self.baseline.mean, self.baseline.seen = tensors["baseline.mean"], tensors["baseline.seen"]
         self.update, self.seconds, self.history = state["update"], state["seconds"], state["history"]
         self.accelerator.print(f"resumed from {folder} at update {self.update}")
 

@@ -18,6 +18,8 @@ ORDER = (
     "injection",
     "policy",
     "rollouts",
+    "particles",
+    "bases",
     "classifiers",
     "rewards",
     "objectives",

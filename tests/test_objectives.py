@@ -1,6 +1,7 @@
 """The objectives' gradients, against each other and against finite differences in float64; and the closed-form Gaussian problem."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from diffusers import UNet2DConditionModel
 
 from diffusers_ctrl import Categorical, CTRLConfig, CTRLTrainer, LabelSpace, Policy
 from diffusers_ctrl.evaluation import certificate, draw_samples
-from diffusers_ctrl.objectives import NonFiniteError, adjoint_matching, direct_backprop
+from diffusers_ctrl.objectives import Baseline, NonFiniteError, adjoint_matching, collect, direct_backprop, policy_gradient
 from diffusers_ctrl.rollouts import Environment, Sampler
 from problems import (
     GaussianDenoiser,
@@ -185,7 +186,105 @@ def test_truncation_changes_the_gradient_and_is_checked():
         gradient(adjoint_matching, policy, environment, num_regression_steps=5)
 
 
-@pytest.mark.parametrize("objective", [direct_backprop, adjoint_matching])
+# -- policy gradient --
+
+
+@pytest.mark.parametrize("perturb", [0.0, 0.1])
+def test_policy_gradient_has_the_path_wise_gradient_in_expectation(perturb):
+    """Along three directions, at the start and at a perturbed point: equal means of two unbiased estimates, and of finite
+    differences of J, within four standard errors; and the mean gradients point the same way."""
+    policy, environment = tiny_policy(perturb=perturb), tiny_environment(steps=3)
+    parameters = [p for group in policy.trainable_parameters().values() for p in group]
+    baseline = Baseline(3, 2, 2)
+    count, found = 40, {"direct": [], "policy": []}
+    for seed in range(count):
+        for name in found:
+            generator = torch.Generator().manual_seed(1000 + seed)
+            batch = environment.draw(60, generator)
+            options = {}
+            if name == "policy":
+                experience = collect(policy, environment.sampler, batch, environment.log_likelihood, generator, baseline)
+                if seed == 0:
+                    continue  # the first batch is its own baseline
+                options = {"experience": experience}
+            objective = policy_gradient if name == "policy" else direct_backprop
+            loss, _ = objective(policy, environment.sampler, batch, environment.log_likelihood, generator, **options)
+            found[name].append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, allow_unused=False)]))
+    direct, learned = (torch.stack(found[name]) for name in ("direct", "policy"))
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(3, direct.shape[1], generator=generator, dtype=torch.float64)
+    directions = torch.cat([directions, direct.mean(0, keepdim=True)])  # a direction in which there is a gradient to be seen
+    for direction in directions / directions.norm(dim=1, keepdim=True):
+        a, b = direct @ direction, learned @ direction
+        error = math.hypot(a.std() / len(a) ** 0.5, b.std() / len(b) ** 0.5)
+        assert abs(a.mean() - b.mean()) < 4 * error
+    assert a.mean() > 5 * error  # the last direction: the agreement is not one of two zeros
+    assert torch.nn.functional.cosine_similarity(direct.mean(0), learned.mean(0), dim=0) > 0.7
+
+
+def test_policy_gradient_needs_no_gradient_of_the_score():
+    policy, environment = tiny_policy(perturb=0.1), tiny_environment()
+    environment = replace(environment, reward=lambda x, labels: (x.detach().sum((1, 2, 3)) > 0).double())
+    assert gradient(policy_gradient, policy, environment).norm() > 1e-3
+    for objective in (direct_backprop, adjoint_matching):
+        with pytest.raises(ValueError, match="this scorer has none: use policy_gradient"):
+            gradient(objective, policy, environment)
+
+
+def test_steps_of_policy_gradient_add_up():
+    policy, environment = tiny_policy(perturb=0.1), tiny_environment()
+    generator = torch.Generator().manual_seed(3)
+    batch = environment.draw(6, generator)
+    experience = collect(policy, environment.sampler, batch, environment.log_likelihood, generator)
+    common = (policy, environment.sampler, batch, environment.log_likelihood, None)
+    whole, _ = policy_gradient(*common, experience=experience)
+    parts = [policy_gradient(*common, experience=experience, steps=steps)[0] for steps in ([0, 2], [1, 3])]
+    torch.testing.assert_close(sum(parts) / 2, whole)
+
+
+def test_the_clipped_ratio_gains_nothing():
+    """Once the density of a good step is up by more than the range, its term has no gradient: only the KL's is left."""
+    policy, environment = tiny_policy(perturb=0.1), tiny_environment()
+    generator = torch.Generator().manual_seed(3)
+    batch = environment.draw(6, generator)
+    experience = collect(policy, environment.sampler, batch, environment.log_likelihood, generator)
+    common = (policy, environment.sampler, batch, environment.log_likelihood, None)
+    parameters = policy.trainable_parameters()["label_encoder"]
+
+    def gradient_at(log_probs, advantages):
+        changed = replace(experience, log_probs=log_probs, advantages=advantages)
+        return torch.autograd.grad(policy_gradient(*common, experience=changed)[0], parameters)[0]
+
+    ones, kl_only = torch.ones_like(experience.advantages), gradient_at(experience.log_probs, 0 * experience.advantages)
+    assert torch.equal(gradient_at(experience.log_probs - 1.0, ones), kl_only)  # ratio e
+    assert torch.equal(gradient_at(experience.log_probs + 1.0, -ones), kl_only)  # ratio 1/e of a bad step
+    assert not torch.allclose(gradient_at(experience.log_probs, ones), kl_only)
+    assert not torch.allclose(gradient_at(experience.log_probs - 1.0, -ones), kl_only)
+
+
+def test_advantages_count_later_kl_only():
+    policy, environment = tiny_policy(perturb=0.1), tiny_environment(gamma=1.3)
+    generator = torch.Generator().manual_seed(3)
+    batch = environment.draw(6, generator)
+    found = collect(policy, environment.sampler, batch, environment.log_likelihood, generator)
+    torch.testing.assert_close(found.advantages[-1], 1.3 * found.reward)
+    assert (found.advantages[0] < found.advantages[-1]).all()
+    assert (found.advantages[0] > 1.3 * found.reward - found.kl).all()
+
+
+def test_the_baseline_is_a_running_mean_of_its_pair():
+    environment = tiny_environment()
+    baseline = Baseline(3, 2, 1, decay=0.5)
+    batch = environment.batch(torch.tensor([0, 0, 1]), torch.tensor([0, 0, 1]), None)
+    returns = torch.tensor([[1.0, 3.0, 8.0]], dtype=torch.float64)
+    assert torch.equal(baseline.subtract(returns, batch), returns - 4.0)  # nothing known yet: the batch's mean
+    assert torch.equal(baseline.subtract(returns, batch), torch.tensor([[-1.0, 1.0, 0.0]], dtype=torch.float64))
+    baseline.subtract(returns + 4, batch)
+    assert baseline.mean[0, 0, 0] == 5.0 and baseline.mean[1, 1, 0] == 10.0  # two rows move it by 3/4, one by 1/2
+    assert not baseline.mean[2].any()
+
+
+@pytest.mark.parametrize("objective", [direct_backprop, adjoint_matching, policy_gradient])
 def test_a_nan_reward_is_an_error_that_names_the_rows(objective):
     policy, environment = tiny_policy(), tiny_environment()
     batch = environment.draw(6, None)
@@ -197,7 +296,7 @@ def test_a_nan_reward_is_an_error_that_names_the_rows(objective):
         objective(policy, environment.sampler, batch, broken)
 
 
-@pytest.mark.parametrize("objective", ["direct_backprop", "adjoint_matching"])
+@pytest.mark.parametrize("objective", ["direct_backprop", "adjoint_matching", "policy_gradient"])
 def test_gaussian_prior_and_likelihood_train_to_the_exact_posterior(objective, tmp_path):
     """Closed form: the gap goes to 0 within its error, mean and variance of the samples to the exact ones within 0.02."""
     torch.manual_seed(0)

@@ -22,10 +22,10 @@ from transformers import HfArgumentParser
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from diffusers_ctrl import CTRLPipeline, Policy  # noqa: E402
 from diffusers_ctrl.adapters import load_adapter, package_versions, resolve_folder, save_adapter  # noqa: E402
+from diffusers_ctrl.bases import decoder, encode_prompts, latent_shape  # noqa: E402
 from diffusers_ctrl.cards import save_card  # noqa: E402
 from diffusers_ctrl.evaluation import confusion_matrix, draw_samples, evaluate, evaluate_gammas, gamma_grid  # noqa: E402
 from diffusers_ctrl.injection import load_lora_state_dict  # noqa: E402
-from diffusers_ctrl.pipelines import decoder, encode_prompts, latent_shape  # noqa: E402
 from diffusers_ctrl.rewards import classifier_reward  # noqa: E402
 from diffusers_ctrl.rollouts import Environment, Sampler  # noqa: E402
 from diffusers_ctrl.trainer import _option  # noqa: E402

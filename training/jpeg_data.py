@@ -1,6 +1,7 @@
-"""JPEG compressibility, the paper's own first task: the size of an image as a JPEG of quality 95, in kilobytes, cut in four classes.
+"""JPEG compressibility, the paper's own first task: the size of an image as a JPEG of quality 95, in kilobytes, cut in classes.
 
 Thresholds (arXiv 2406.12120, 512x512 images): score = -kilobytes; class 0 below -110, 1 up to -85, 2 up to -60, 3 from -60.
+The embedded digits have three classes, cut at the terciles of the base's own samples (`python training/jpeg_data.py` measures them).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import io
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 
@@ -29,3 +31,59 @@ def jpeg_kilobytes(images: torch.Tensor) -> torch.Tensor:
 def jpeg_class(images: torch.Tensor) -> torch.Tensor:
     """Class 0 (largest file) to 3 (smallest) of each 512x512 image: (N, 3, H, W) in [0, 1] -> (N,) int64."""
     return torch.bucketize(-jpeg_kilobytes(images), torch.tensor(THRESHOLDS, dtype=torch.float64), right=True)
+
+
+DIGIT_CLASSES = ("small", "middle", "large")
+DIGIT_THRESHOLDS = (0.0, 0.0)  # kilobytes
+DIGIT_WIDTH = 0.01  # kilobytes; the score's uncertainty about a size near a threshold
+
+
+def digit_jpeg_class(images: torch.Tensor) -> torch.Tensor:
+    """Class 0 (smallest file) to 2 of each image of the digits base: (N, 3, 32, 32) in [0, 1] -> (N,) int64."""
+    return torch.bucketize(jpeg_kilobytes(images), torch.tensor(DIGIT_THRESHOLDS, dtype=torch.float64), right=True)
+
+
+def digit_jpeg_score(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """log p(class | image), (N,) nats, an ordered logistic model of the real file size; no gradient goes through JPEG.
+
+    images: (N, 3, 32, 32) in [0, 1]. labels: (N, 1) class indices.
+    """
+    size = jpeg_kilobytes(images.detach()).to(labels.device)
+    low, high = ((size - threshold) / DIGIT_WIDTH for threshold in DIGIT_THRESHOLDS)
+    # P(small) = σ(−low), P(large) = σ(high), P(middle) = σ(low) − σ(high) = σ(low) σ(−high) (1 − exp(high − low))
+    middle = F.logsigmoid(low) + F.logsigmoid(-high) + torch.log1p(-torch.exp(high - low))
+    log_probs = torch.stack([F.logsigmoid(-low), middle, F.logsigmoid(high)], dim=1)
+    return log_probs.gather(1, labels[:, :1].long()).squeeze(1).float()
+
+
+def main() -> None:
+    """Prints the terciles of the file size over samples of the embedded base."""
+    from diffusers import DiffusionPipeline
+
+    from diffusers_ctrl.adapters import resolve_folder
+    from digits_data import PROMPTS
+
+    pipe = DiffusionPipeline.from_pretrained(resolve_folder("digits-base"))
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.cat(
+        [
+            pipe(
+                PROMPTS,
+                num_images_per_prompt=20,
+                num_inference_steps=16,
+                guidance_scale=1.0,
+                eta=1.0,
+                generator=generator,
+                output_type="pt",
+            ).images
+            for _ in range(10)
+        ]
+    )
+    size = jpeg_kilobytes(images)
+    low, high = size.quantile(torch.tensor([1 / 3, 2 / 3], dtype=torch.float64)).tolist()
+    print(f"terciles of {len(size)} samples: {low:.4f} and {high:.4f} kilobytes; standard deviation {size.std():.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -37,6 +37,7 @@ from diffusers_ctrl.adapters import (  # noqa: E402
     resolve_folder,
     save_adapter,
 )
+from diffusers_ctrl.bases import decoder, encode_prompts, latent_shape, round_trip  # noqa: E402
 from diffusers_ctrl.cards import save_card  # noqa: E402
 from diffusers_ctrl.classifiers import Classifier, fit_classifier  # noqa: E402
 from diffusers_ctrl.evaluation import (  # noqa: E402
@@ -48,7 +49,6 @@ from diffusers_ctrl.evaluation import (  # noqa: E402
     exact_law,
     gamma_grid,
 )
-from diffusers_ctrl.pipelines import decoder, encode_prompts, latent_shape, round_trip  # noqa: E402
 from diffusers_ctrl.rewards import classifier_reward  # noqa: E402
 from diffusers_ctrl.trainer import _option  # noqa: E402
 from digits_data import write_digits_dataset  # noqa: E402
@@ -75,6 +75,11 @@ class TaskConfig:
         "the base's own samples, labelled by `labeller`.",
     )
     labeller: str | None = _option(None, "module:function, images -> class, for dataset base-samples.")
+    scorer: str | None = _option(
+        None,
+        "module:function, images (N, 3, H, W), labels (N, 1) -> (N,) log p(y|x) in nats: used in place of a learned classifier; "
+        "needs label_names. policy_gradient takes one without a gradient.",
+    )
     num_labels: int | None = _option(600, "How many labelled images are used, the first so many rows; null for all.")
     image_column: str = _option("image", "The dataset's image column.")
     label_column: str = _option("label", "The dataset's label column.")
@@ -101,6 +106,8 @@ class TaskConfig:
             raise ValueError("--push_to_hub needs --hub_model_id USER/NAME.")
         if self.dataset == "base-samples" and not (self.labeller and self.label_names and self.num_labels):
             raise ValueError("dataset base-samples needs labeller, label_names and num_labels.")
+        if self.scorer and not self.label_names:
+            raise ValueError("scorer needs label_names.")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {self.dtype!r}.")
         if self.scheduler is not None and not hasattr(diffusers, self.scheduler):
@@ -265,7 +272,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=trackers, project_dir=str(output))
     if accelerator.device.type == "cpu":
         # accelerate launch gives each process one thread; on CPU there is nothing else to use the other cores
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // accelerator.num_processes))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // accelerator.num_processes))
     oracle = import_function(task.oracle)
 
     # 1. the base and its prompts
@@ -276,14 +284,19 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     prompt_embeds, null_embeds = encode_prompts(pipe, task.prompts)
     shape, decode = latent_shape(pipe), decoder(pipe)
 
-    # 2. labelled images, seen through the base's autoencoder, and a calibrated classifier
-    data = labelled_images(task, config, pipe)
-    names = list(data.names)
-    space = LabelSpace({task.attribute: Categorical(tuple(names))})
-    classifier, calibration, classifier_seconds = fit_or_load_classifier(
-        task, space, round_trip(pipe, data.images), data.labels, output / "classifier", config.seed, bool(config.resume_from)
-    )
-    classifier.to(accelerator.device)
+    # 2. p(y | x): a scorer that is given, or a calibrated classifier of labelled images seen through the base's autoencoder
+    if task.scorer is not None:
+        reward, names = import_function(task.scorer), list(task.label_names)
+        space = LabelSpace({task.attribute: Categorical(tuple(names))})
+        classifier, calibration, classifier_seconds, num_labels = None, {}, 0.0, 0
+    else:
+        data = labelled_images(task, config, pipe)
+        names, num_labels = list(data.names), len(data.labels)
+        space = LabelSpace({task.attribute: Categorical(tuple(names))})
+        classifier, calibration, classifier_seconds = fit_or_load_classifier(
+            task, space, round_trip(pipe, data.images), data.labels, output / "classifier", config.seed, bool(config.resume_from)
+        )
+        reward = classifier_reward(classifier.to(accelerator.device))
 
     # 3. the policy, the trainer, and what the exact law itself would score
     set_seed(config.seed)
@@ -306,7 +319,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     trainer = CTRLTrainer(
         policy,
         pipe.scheduler,
-        classifier_reward(classifier),
+        reward,
         config,
         shape=shape,
         decode=decode,
@@ -331,7 +344,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "seconds_classifier": classifier_seconds,
         "seconds_train": train_seconds,
         "updates": trainer.update,
-        "num_labels": len(data.labels),
+        "num_labels": num_labels,
         "seed": config.seed,
         "gamma": config.gamma,
         "versions": package_versions(),

@@ -30,11 +30,11 @@ PromptOracle = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class Samples:
     """Trajectories' ends and costs, on the CPU.
 
-    images: (N, C, H, W) in [0, 1], or the states where there is no decoder. label_rows, prompt_rows: (N,) which label and prompt.
+    images: (N, C, H, W) in [0, 1], or the states where there is no decoder; None where they were not kept. label_rows, prompt_rows: (N,) which label and prompt.
     log_likelihood: (N,) nats, for the row's own label; kl, log_ratio: (N,) nats, 0 for base samples.
     """
 
-    images: torch.Tensor
+    images: torch.Tensor | None
     label_rows: torch.Tensor
     prompt_rows: torch.Tensor
     log_likelihood: torch.Tensor
@@ -51,10 +51,14 @@ def draw_samples(
     *,
     tuned: bool = True,
     batch_size: int = 100,
+    keep_images: bool = True,
     progress: bool = True,
     description: str = "sampling",
 ) -> Samples:
-    """`per_label` samples of each label, running through the prompts; from the tuned model or from the base."""
+    """`per_label` samples of each label, running through the prompts; from the tuned model or from the base.
+
+    `batch_size` trajectories at a time; without `keep_images` only five numbers of each stay in memory.
+    """
     labels, prompts = len(environment.labels), environment.num_prompts
     label_rows = torch.arange(labels).repeat_interleave(per_label)
     prompt_rows = torch.arange(per_label).remainder(prompts).repeat(labels)
@@ -65,11 +69,12 @@ def draw_samples(
         trajectory = rollout(policy, environment.sampler, batch, generator, tuned=tuned)
         images = environment.decode(trajectory.sample)
         log_likelihood = environment.reward(images, batch.labels)
-        parts.append((images.float(), log_likelihood.double(), trajectory.kl.double(), trajectory.log_ratio.double()))
+        kept = images.float().cpu() if keep_images else images.new_zeros(0)
+        parts.append((kept, log_likelihood.double(), trajectory.kl.double(), trajectory.log_ratio.double()))
         bar.update(len(rows))
     bar.close()
     images, log_likelihood, kl, log_ratio = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
-    return Samples(images, label_rows, prompt_rows, log_likelihood, kl, log_ratio)
+    return Samples(images if keep_images else None, label_rows, prompt_rows, log_likelihood, kl, log_ratio)
 
 
 def _groups(samples: Samples) -> list[torch.Tensor]:
@@ -104,12 +109,15 @@ class Certificate:
         return self.smallest_ess < LOW_ESS
 
 
+BOOTSTRAPS = 400
+
+
 def certificate(samples: Samples, gamma: float, rows: torch.Tensor | None = None) -> Certificate:
     """The gap to the exact conditional law from tuned trajectories alone, in float64.
 
     Within each (label, prompt) pair: J is the mean of gamma·log p̂ − KL (the exact per-step KL, less noisy than the log-ratio),
     log Z the log-mean-exp of the log-weights, plus the delta method's correction ½(1/ESS − 1/n) for the bias of the logarithm of
-    a mean. Standard errors come from the influence of each trajectory on J, log Z and their difference.
+    a mean. Standard errors are the spread of J, log Z and their difference over bootstraps of each pair's trajectories.
     """
     groups = _groups(samples)
     if rows is not None:
@@ -117,31 +125,50 @@ def certificate(samples: Samples, gamma: float, rows: torch.Tensor | None = None
         groups = [g for g in groups if int(g[0]) in kept]
     j = gamma * samples.log_likelihood - samples.kl
     log_w = gamma * samples.log_likelihood - samples.log_ratio
-    totals = torch.zeros(6, dtype=torch.float64)
-    ess = []
+    generator = torch.Generator().manual_seed(0)
+    means, log_zs, ess = [], [], []
+    drawn_means, drawn_log_zs = torch.zeros(BOOTSTRAPS, dtype=torch.float64), torch.zeros(BOOTSTRAPS, dtype=torch.float64)
     for group in groups:
         n, top = len(group), log_w[group].max()
         weights = (log_w[group] - top).exp()
-        mean = weights.mean()
         ess.append(effective_sample_size(log_w[group]).item())
-        log_z = (mean.log() + top).item() + 0.5 * (1 / ess[-1] - 1 / n)
-        influence_z, influence_j = weights / mean - 1, j[group] - j[group].mean()
-        scale = n * max(n - 1, 1)
-        totals += torch.tensor(
-            [
-                j[group].mean().item(),
-                log_z,
-                log_z - j[group].mean().item(),
-                influence_j.square().sum().item() / scale,
-                influence_z.square().sum().item() / scale,
-                (influence_z - influence_j).square().sum().item() / scale,
-            ],
-            dtype=torch.float64,
-        )
+        means.append(j[group].mean().item())
+        log_zs.append((weights.mean().log() + top).item() + 0.5 * (1 / ess[-1] - 1 / n))
+        index = torch.randint(n, (BOOTSTRAPS, n), generator=generator)
+        # a bootstrap's variance is (n − 1)/n of the sample's: stretched, so that pairs of few trajectories are not flattered
+        stretch = math.sqrt(n / max(n - 1, 1))
+        drawn_means += stretch * (j[group][index].mean(dim=1) - means[-1])
+        drawn_log_zs += stretch * (weights[index].mean(dim=1) / weights.mean()).log()
     count = len(groups)
-    objective, log_partition, gap = (totals[:3] / count).tolist()
-    objective_se, log_partition_se, gap_se = (totals[3:].sqrt() / count).tolist()
-    return Certificate(objective, objective_se, log_partition, log_partition_se, gap, gap_se, sum(ess), min(ess))
+    objective, log_partition = sum(means) / count, sum(log_zs) / count
+    spread = [(values.std() / count).item() for values in (drawn_means, drawn_log_zs, drawn_log_zs - drawn_means)]
+    return Certificate(
+        objective, spread[0], log_partition, spread[1], log_partition - objective, spread[2], sum(ess), min(ess)
+    )
+
+
+def certify(
+    policy: Policy,
+    environment: Environment,
+    per_label: int,
+    generator: torch.Generator | None = None,
+    *,
+    batch_size: int = 100,
+    progress: bool = True,
+) -> tuple[Certificate, list[Certificate]]:
+    """Draws fresh trajectories of the tuned model and certifies it: over all labels, and for each row of `environment.labels`.
+
+    Memory is that of `batch_size` trajectories, whatever `per_label`.
+
+    Raises:
+        ValueError: (from `Sampler`, when the environment is made) where there is no certificate: a scheduler without a Gaussian
+            step, or a sampler without noise.
+    """
+    samples = draw_samples(
+        policy, environment, per_label, generator, batch_size=batch_size, keep_images=False, progress=progress, description="certificate"
+    )
+    rows = [(samples.label_rows == row).nonzero().flatten() for row in range(len(environment.labels))]
+    return certificate(samples, environment.gamma), [certificate(samples, environment.gamma, row) for row in rows]
 
 
 def gamma_grid(gamma_range: tuple[float, float], count: int = 4) -> list[float]:

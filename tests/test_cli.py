@@ -266,6 +266,55 @@ def test_an_unconditional_base(ddpm_folder, tmp_path):
     assert pipe(label=["light", "dark"], output_type="np").images.shape == (2, 8, 8, 3)
 
 
+@pytest.fixture(scope="module")
+def gamma_run(sd_folder, tmp_path_factory, datasets_cache):
+    return smoke(sd_folder, tmp_path_factory.mktemp("cli-gamma"), gamma_range=[0.5, 4.0])
+
+
+def test_a_run_for_a_range_of_gamma(gamma_run):
+    metrics = json.loads((gamma_run / "metrics.json").read_text())
+    for gamma in ("0.5", "1", "2", "4"):
+        for name in ("accuracy", "exact_accuracy", "kl", "gap", "gap_se", "gap_from_base", "ess"):
+            assert math.isfinite(metrics[f"by_gamma.{gamma}.{name}"]), (gamma, name)
+    assert load_adapter(gamma_run).config.gamma_range == [0.5, 4.0]
+    card = (gamma_run / "README.md").read_text()
+    assert "from 0.5 to 4" in card and all(f"\n| {gamma} | " in card for gamma in ("0.5", "1", "2", "4"))
+    pipe = CTRLPipeline.from_pretrained(gamma_run)
+    assert torch.equal(draw(pipe, label="bold"), draw(pipe, label="bold", gamma=1.0))
+    assert not torch.equal(draw(pipe, label="bold"), draw(pipe, label="bold", gamma=4.0))
+
+
+def test_evaluation_knows_the_range(gamma_run, sd_folder, tmp_path):
+    import evaluate
+
+    config = write_config(tmp_path / "smoke.yaml", **settings(sd_folder, tmp_path / "again"))
+    metrics = evaluate.main(["--adapter", str(gamma_run), "--config", config])
+    assert math.isfinite(metrics["by_gamma.4.gap"])
+
+
+def reddish(images, labels):
+    """A scorer: log p(red | image), of the mean of one colour, through NumPy, so that no gradient passes."""
+    share = torch.from_numpy(images.detach().mean(dim=(2, 3)).numpy())[:, 0].clamp(0.05, 0.95)
+    return torch.where(labels[:, 0] == 1, share, 1 - share).log()
+
+
+def test_a_scorer_in_place_of_labelled_images(sd_folder, tmp_path):
+    changes = {"scorer": f"{__name__}:reddish", "label_names": ["plain", "red"], "oracle": None, "objective": "policy_gradient"}
+    run = smoke(sd_folder, tmp_path, **changes)
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["num_labels"] == 0 and math.isfinite(metrics["gap"]) and metrics["kl"] > 0
+    assert not (run / "classifier").exists()
+    pipe = CTRLPipeline.from_pretrained(run)
+    assert pipe.classifier is None and list(pipe.label_space.attributes["stroke"].names) == ["plain", "red"]
+    with pytest.raises(ValueError, match="needs the adapter's classifier"):
+        draw(pipe, label="red", num_particles=2)
+
+
+def test_a_scorer_without_a_gradient_needs_policy_gradient(sd_folder, tmp_path):
+    with pytest.raises(ValueError, match="this scorer has none: use policy_gradient"):
+        smoke(sd_folder, tmp_path, scorer=f"{__name__}:reddish", label_names=["plain", "red"], oracle=None)
+
+
 def quarter_by_brightness(images):
     """A labeller: each batch's images in four classes of one size, the darkest first."""
     return images.mean(dim=(1, 2, 3)).argsort().argsort() * 4 // len(images)
@@ -345,6 +394,9 @@ def test_a_scheduler_without_a_gaussian_transition(sd15, tmp_path):
         ({"lora_targets": ["nowhere"]}, "nowhere"),
         ({"injection_site": "nowhere"}, "nowhere"),
         ({"gamma": -1.0}, "gamma must be positive"),
+        ({"gamma_range": [2.0, 1.0]}, "gamma_range must be two numbers"),
+        ({"gamma_range": [2.0, 4.0]}, "gamma = 1.0 lies outside gamma_range"),
+        ({"scorer": "digits_data:stroke_oracle"}, "scorer needs label_names"),
         ({"max_updates": 0}, "max_updates must be at least 1"),
         ({"mixed_precision": "fp8"}, "mixed_precision must be"),
         ({"dtype": "float8"}, "dtype"),
@@ -424,8 +476,8 @@ def test_the_configs_parse(path):
     assert train.seed == 3 and task.prompts
     if path.stem.startswith("digits_"):
         assert task.attribute == path.stem.removeprefix("digits_").split("_")[0]
-        assert task.dataset == f"digits:{task.attribute}"
+        assert task.dataset == f"digits:{task.attribute}" or task.scorer
         assert task.base == "digits-base"
-    for name in (task.oracle, task.prompt_oracle):
+    for name in (task.oracle, task.prompt_oracle, task.scorer):
         if name is not None:
             assert callable(train_ctrl.import_function(name))

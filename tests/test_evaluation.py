@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusers_ctrl import Categorical, LabelSpace, Policy
-from diffusers_ctrl.evaluation import certificate, confusion_matrix, draw_samples, evaluate, exact_law
+from diffusers_ctrl.evaluation import certificate, certify, confusion_matrix, draw_samples, evaluate, exact_law
 from diffusers_ctrl.rollouts import Environment, Sampler
 from problems import GaussianDenoiser, GaussianLikelihood, affine_steps, cosine_scheduler, exact_log_partition, posterior_moments
 
@@ -47,6 +47,53 @@ def test_log_z_is_found_whatever_the_tuned_model_and_j_is_below_it(perturb, gamm
         assert found.objective < exact + 3 * found.objective_se
         assert found.gap > -3 * found.gap_se
         assert math.isclose(found.gap, found.log_partition - found.objective, abs_tol=1e-9)
+
+
+@pytest.mark.parametrize("dimensions", [1, 2])
+def test_twenty_certificates_of_twenty(dimensions):
+    """log Z of problems in one and two dimensions, for tuned models good and bad, against its closed form: within 3 s.e., each."""
+    scheduler = cosine_scheduler()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        policy = Policy(
+            GaussianDenoiser(*PRIOR, scheduler, dimensions=dimensions),
+            label_space=LabelSpace(y=Categorical(("low", "high"))),
+            lora_rank=1,
+            lora_targets=["shift"],
+        )
+        for group in policy.trainable_parameters().values():
+            for parameter in group:
+                parameter.data += 0.02 * (seed % 5) * torch.randn_like(parameter)
+        one = GaussianLikelihood(OBSERVATIONS, NOISE)
+
+        def reward(x: torch.Tensor, labels: torch.Tensor, one=one) -> torch.Tensor:
+            return sum(one(x[:, d : d + 1], labels) for d in range(dimensions))
+
+        environment = Environment(Sampler(scheduler, 20, {"eta": 1.0}), (dimensions,), reward, torch.tensor([[0.0], [1.0]]))
+        generator = torch.Generator().manual_seed(100 + seed)
+        found, by_label = certify(policy, environment, 1500, generator, batch_size=700, progress=False)
+        exact = dimensions * known_log_z(environment)
+        assert abs(found.log_partition - exact) < 3 * found.log_partition_se, seed
+        assert found.gap > -3 * found.gap_se, seed
+        assert math.isclose(sum(c.gap for c in by_label) / 2, found.gap, abs_tol=1e-9)
+
+
+def test_certify_keeps_no_images():
+    policy, environment = gaussian(0.1)
+    generator = torch.Generator().manual_seed(0)
+    kept = draw_samples(policy, environment, 50, torch.Generator().manual_seed(0), batch_size=30, progress=False)
+    assert draw_samples(policy, environment, 50, generator, batch_size=30, keep_images=False, progress=False).images is None
+    found, _ = certify(policy, environment, 50, torch.Generator().manual_seed(0), batch_size=30, progress=False)
+    assert found == certificate(kept, 1.0)
+
+
+def test_where_there_is_no_certificate():
+    from diffusers import DPMSolverMultistepScheduler
+
+    with pytest.raises(ValueError, match="adds no noise at any step, so there is no KL"):
+        Sampler(cosine_scheduler(), 20, {"eta": 0.0})
+    with pytest.raises(ValueError, match="DPMSolverMultistepScheduler"):
+        Sampler(DPMSolverMultistepScheduler(), 20)
 
 
 def test_a_worse_model_has_a_larger_gap_and_a_smaller_ess():

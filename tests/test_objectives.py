@@ -336,3 +336,44 @@ def test_gaussian_prior_and_likelihood_train_to_the_exact_posterior(objective, t
         x = samples.images[samples.label_rows == row]
         assert abs(x.mean().item() - mean) < 0.02 + 3 * (variance / len(x)) ** 0.5
         assert abs(x.var().item() - variance) < 0.02 + 3 * variance * (2 / len(x)) ** 0.5
+
+
+def test_one_model_for_a_range_of_gamma(tmp_path):
+    """Trained once on gamma from 0.5 to 2, certified at three of them; a model for gamma = 1 alone is far off at 2."""
+    torch.manual_seed(0)
+    observations, noise, prior = (-0.4, 1.0), 0.6, (0.3, 0.8)
+    gaps = {}
+    for gamma_range in ([0.5, 2.0], None):
+        scheduler = cosine_scheduler()
+        policy = Policy(
+            GaussianDenoiser(*prior, scheduler),
+            label_space=LabelSpace(y=Categorical(("low", "high"))),
+            lora_rank=4,
+            lora_targets=["slope", "shift", "linear_1", "linear_2"],
+            gamma_range=None if gamma_range is None else tuple(gamma_range),
+        )
+        config = CTRLConfig(
+            output_dir=str(tmp_path),
+            num_inference_steps=20,
+            objective="direct_backprop",
+            gamma_range=gamma_range,
+            batch_size=128,
+            max_updates=120,
+            learning_rate=2e-2,
+            label_learning_rate=2e-2,
+            checkpoint_every=0,
+            report_to="none",
+            merge_lora=True,
+        )
+        trainer = CTRLTrainer(policy, scheduler, GaussianLikelihood(observations, noise), config, shape=(1,))
+        steps = affine_steps(*prior, trainer.environment.sampler)
+        trainer.train()
+        for gamma in (0.5, 1.0, 2.0):
+            environment = replace(trainer.environment, gamma=gamma)
+            generator = torch.Generator().manual_seed(9)
+            samples = draw_samples(policy, environment, 3000, generator, batch_size=3000, progress=False)
+            exact = sum(exact_log_partition(steps, y, noise, gamma) for y in observations) / 2
+            reachable = sum(best_objective(steps, y, noise, gamma) for y in observations) / 2
+            gaps[gamma_range is None, gamma] = exact - certificate(samples, gamma).objective - (exact - reachable)
+    assert all(-0.03 < gaps[False, gamma] < 0.03 for gamma in (0.5, 1.0, 2.0)), gaps
+    assert gaps[True, 2.0] > 0.1 and abs(gaps[True, 1.0]) < 0.03, gaps

@@ -51,10 +51,11 @@ def test_training_moves_only_lora_and_label_encoder(tmp_path):
     assert len(history) == 6 and all(math.isfinite(v) for row in history for v in row.values())
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
-    whole = make_trainer(tmp_path / "whole")
+@pytest.mark.parametrize("objective", ["direct_backprop", "policy_gradient"])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, objective):
+    whole = make_trainer(tmp_path / "whole", objective=objective)
     whole.train()
-    first = make_trainer(tmp_path / "cut", checkpoint_every=2)
+    first = make_trainer(tmp_path / "cut", objective=objective, checkpoint_every=2)
     calls = 0
 
     def interrupted(*args, original=first._step):
@@ -67,7 +68,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
     first._step = interrupted
     with pytest.raises(KeyboardInterrupt):
         first.train()
-    second = make_trainer(tmp_path / "cut", resume_from="latest")
+    second = make_trainer(tmp_path / "cut", objective=objective, resume_from="latest")
     history = second.train()
     assert second.update == 6 and [row["update"] for row in history] == [1, 2, 3, 4, 5, 6]
     for name, value in weights(whole).items():
@@ -83,6 +84,33 @@ def test_accumulated_micro_batches_average(tmp_path):
         trainer.train()
     assert all(torch.equal(v, weights(two)[n]) for n, v in weights(one).items())
     assert any(not torch.equal(v, weights(single)[n]) for n, v in weights(one).items())
+
+
+def test_policy_gradient_steps_several_times_on_one_batch(tmp_path):
+    """Each update collects once and takes epochs x minibatches optimizer steps, which between them see every pair once an epoch."""
+    trainer = make_trainer(tmp_path, objective="policy_gradient", ppo_epochs=2, ppo_minibatches=3, max_updates=1, batch_size=16)
+    seen, steps = [], []
+    original, step = trainer._experience, trainer.optimizer.step
+
+    def watched(*args):
+        for part in original(*args):
+            seen.append(part["steps"])
+            yield part
+
+    trainer._experience = watched
+    trainer.optimizer.step = lambda: (steps.append(1), step())
+    trainer.train()
+    assert len(steps) == len(seen) == 6
+    for epoch in (seen[:3], seen[3:]):
+        assert sorted(sum(epoch, [])) == list(range(len(trainer.environment.sampler.noisy_steps)))
+
+
+def test_gamma_is_drawn_over_its_range(tmp_path):
+    trainer = make_trainer(tmp_path, gamma_range=[0.5, 4.0])
+    gammas = trainer.environment.draw(400, torch.Generator().manual_seed(0)).gamma
+    assert 0.5 <= gammas.min() < 0.51 and 3.9 < gammas.max() <= 4.0
+    assert abs(gammas.log().mean() - math.log(2) / 2) < 0.01  # log-uniform
+    assert (trainer.environment.grid(3, None).gamma == 1).all()
 
 
 def test_a_coarse_start_runs_on_fewer_steps_and_then_on_all(tmp_path):

@@ -34,8 +34,8 @@ def jpeg_class(images: torch.Tensor) -> torch.Tensor:
 
 
 DIGIT_CLASSES = ("small", "middle", "large")
-DIGIT_THRESHOLDS = (0.0, 0.0)  # kilobytes
-DIGIT_WIDTH = 0.01  # kilobytes; the score's uncertainty about a size near a threshold
+DIGIT_THRESHOLDS = (1.125, 1.164)  # kilobytes: terciles of 2,000 base samples
+DIGIT_WIDTH = 0.005  # kilobytes; the score's uncertainty about a size near a threshold
 
 
 def digit_jpeg_class(images: torch.Tensor) -> torch.Tensor:
@@ -69,7 +69,7 @@ def main() -> None:
     images = torch.cat(
         [
             pipe(
-                PROMPTS,
+                list(PROMPTS),
                 num_images_per_prompt=20,
                 num_inference_steps=16,
                 guidance_scale=1.0,

@@ -1,6 +1,6 @@
 .PHONY: quality style test slow
 
-CODE = diffusers_ctrl training tests benchmarks setup.py
+CODE = diffusers_ctrl training tests benchmarks docs setup.py
 
 # Style and the import order: seconds.
 quality:

@@ -50,7 +50,9 @@ def main() -> None:
         axis.plot(points, prior, color="#999999", linestyle=":", label="base")
         axis.plot(points, mixed, color="#b3321b", label="tuned")
         distance = np.trapezoid(np.abs(mixed - posterior), points) / 2
-        axis.set_title(f"{gap:g} nats: total variation {distance:.2f},\n{100 * missed:.0f} % of samples on the wrong side", fontsize=10)
+        axis.set_title(
+            f"{gap:g} nats: total variation {distance:.2f},\n{100 * missed:.0f} % of samples on the wrong side", fontsize=10
+        )
         axis.set_xlabel("an attribute of the image")
         axis.set_yticks([])
     axes[0].legend(fontsize=8, frameon=False, loc="upper left")

@@ -304,6 +304,12 @@ def test_a_scorer_in_place_of_labelled_images(sd_folder, tmp_path):
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["num_labels"] == 0 and math.isfinite(metrics["gap"]) and metrics["kl"] > 0
     assert not (run / "classifier").exists()
+    import evaluate
+
+    with pytest.raises(ValueError, match="no classifier, so no gap can be measured: give --scorer"):
+        evaluate.main(["--adapter", str(run), "--config", write_config(tmp_path / "none.yaml", **settings(sd_folder, tmp_path))])
+    again = evaluate.main(["--adapter", str(run), "--config", str(tmp_path / "smoke.yaml"), "--output_dir", str(tmp_path / "again")])
+    assert math.isfinite(again["gap"])
     pipe = CTRLPipeline.from_pretrained(run)
     assert pipe.classifier is None and list(pipe.label_space.attributes["stroke"].names) == ["plain", "red"]
     with pytest.raises(ValueError, match="needs the adapter's classifier"):

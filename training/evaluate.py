@@ -21,7 +21,7 @@ from transformers import HfArgumentParser
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from diffusers_ctrl import CTRLPipeline, Policy  # noqa: E402
-from diffusers_ctrl.adapters import load_adapter, package_versions, resolve_folder, save_adapter  # noqa: E402
+from diffusers_ctrl.adapters import Adapter, load_adapter, package_versions, resolve_folder, save_adapter  # noqa: E402
 from diffusers_ctrl.bases import decoder, encode_prompts, latent_shape  # noqa: E402
 from diffusers_ctrl.cards import save_card  # noqa: E402
 from diffusers_ctrl.evaluation import confusion_matrix, draw_samples, evaluate, evaluate_gammas, gamma_grid  # noqa: E402
@@ -30,7 +30,7 @@ from diffusers_ctrl.rewards import classifier_reward  # noqa: E402
 from diffusers_ctrl.rollouts import Environment, Sampler  # noqa: E402
 from diffusers_ctrl.trainer import _option  # noqa: E402
 from figures import plot_confusion, plot_samples, sample_rows  # noqa: E402
-from train_ctrl import import_function, parse_arguments, print_table, prompt_judge  # noqa: E402
+from train_ctrl import TaskConfig, import_function, parse_arguments, print_table, prompt_judge  # noqa: E402
 
 
 @dataclass
@@ -41,17 +41,15 @@ class EvaluateConfig:
     update_adapter: bool = _option(False, "Write the figures and the card into the adapter, a local folder then.")
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = HfArgumentParser(EvaluateConfig, allow_abbrev=False)
-    own, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
-    task, config = parse_arguments(rest)
-    folder = resolve_folder(own.adapter)
-    adapter = load_adapter(folder)
-    if adapter.classifier is None:
-        raise ValueError(f"{folder} brings no classifier, so neither log p̂(y | x) nor a gap can be measured.")
-    settings = adapter.config.sampler
-    pipe = CTRLPipeline.from_pretrained(adapter.config.base["id"], revision=adapter.config.base["revision"])
+def adapter_environment(adapter: Adapter, task: TaskConfig) -> tuple[Policy, Environment]:
+    """The adapter on its base as a policy, and what it is judged in: its own sampler and gamma, the task's prompts.
+
+    log p̂ is the task's scorer's, or else that of the classifier which the adapter brings; ValueError if there is neither.
+    """
+    if adapter.classifier is None and task.scorer is None:
+        raise ValueError("This adapter brings no classifier, so no gap can be measured: give --scorer and --label_names.")
+    settings, base = adapter.config.sampler, adapter.config.base
+    pipe = CTRLPipeline.from_pretrained(base["id"], revision=base["revision"])
     denoiser = pipe.denoiser.requires_grad_(False)
     load_lora_state_dict(denoiser, adapter.lora)
     policy = Policy(
@@ -66,13 +64,25 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     environment = Environment(
         Sampler(pipe._labelled_scheduler(settings), settings["num_inference_steps"], settings["options"]),
         latent_shape(pipe),
-        classifier_reward(adapter.classifier),
+        import_function(task.scorer) or classifier_reward(adapter.classifier),
         torch.stack([space.encode(value)[0] for value in space.values()]),
         adapter.config.gamma,
         decode=decoder(pipe),
         prompt_embeds=embeds,
         null_embeds=null,
     )
+    return policy, environment
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = HfArgumentParser(EvaluateConfig, allow_abbrev=False)
+    own, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    task, config = parse_arguments(rest)
+    folder = resolve_folder(own.adapter)
+    adapter = load_adapter(folder)
+    policy, environment = adapter_environment(adapter, task)
+    space = adapter.label_encoder.label_space
     names = [next(iter(value.values())) for value in space.values()]
     oracle = import_function(task.oracle)
     judges = {"oracle": oracle, "prompt_oracle": prompt_judge(task.prompt_oracle, task.prompts)}

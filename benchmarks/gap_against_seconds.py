@@ -42,7 +42,7 @@ def cached_classifier(base: str, attribute: str, num_labels: int, seed: int, fol
     seen = round_trip(DiffusionPipeline.from_pretrained(resolve_folder(base)), images[rows])
     set_seed(seed)
     space = LabelSpace({attribute: Categorical(ATTRIBUTES[attribute])})
-    classifier = Classifier(space.to_dict(), image_size=16, widths=(8, 16, 32), members=5)
+    classifier = Classifier(space.to_dict(), widths=(8, 16, 32), members=3)
     report = fit_classifier(classifier, seen, oracle(attribute, images[rows]).float().unsqueeze(1), seed=seed, max_epochs=80)
     print(report.lines(), flush=True)
     classifier.save_pretrained(folder)

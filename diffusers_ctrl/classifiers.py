@@ -34,11 +34,10 @@ class _Residual(nn.Module):
 
 
 class _Network(nn.Module):
-    """One residual CNN: images in [0, 1] of any size -> raw logits, one tensor (B, classes) an attribute."""
+    """One residual CNN: prepared images (B, C, S, S) in [-1, 1] -> raw logits, one tensor (B, classes) an attribute."""
 
-    def __init__(self, image_size: int, in_channels: int, widths: tuple[int, ...], classes: list[int]) -> None:
+    def __init__(self, in_channels: int, widths: tuple[int, ...], classes: list[int]) -> None:
         super().__init__()
-        self.image_size = image_size
         self.stem = nn.Conv2d(in_channels, widths[0], 3, padding=1)
         self.stages = nn.ModuleList(_Residual(a, b) for a, b in zip(widths, (*widths[1:], widths[-1]), strict=True))
         # mean and mean square of each channel: global quantities such as the amount of ink survive the pooling exactly
@@ -61,7 +60,7 @@ class Classifier(ModelMixin, ConfigMixin):
         image_size: images are resized to this before the first layer.
         widths: channels of the stages, each of which halves the resolution.
         members: how many networks; each is fitted on its own share of the data (`fit_classifier`).
-        temperatures: one an attribute, set by `calibrate`.
+        temperatures: one an attribute, set by `fit_classifier` or `calibrate`.
     """
 
     @register_to_config
@@ -84,7 +83,7 @@ class Classifier(ModelMixin, ConfigMixin):
         if temperatures is None:
             self.register_to_config(temperatures=(1.0,) * len(self.label_space))
         classes = [len(a.names) for a in self.label_space.attributes.values()]
-        self.networks = nn.ModuleList(_Network(image_size, in_channels, tuple(widths), classes) for _ in range(members))
+        self.networks = nn.ModuleList(_Network(in_channels, tuple(widths), classes) for _ in range(members))
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) images in [0, 1] as the networks take them: resized, in [-1, 1]."""
@@ -119,7 +118,11 @@ class Classifier(ModelMixin, ConfigMixin):
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """Accuracy, negative log-likelihood (nats) and expected calibration error on held-out data, before and after temperature."""
+    """Accuracy, negative log-likelihood (nats) and expected calibration error on held-out data, before and after temperature.
+
+    Of cross-fitted members these are the figures of single members, each on its own held-out part; their mean is a little better,
+    and a little less confident than the temperature makes a member.
+    """
 
     accuracy: float
     nll_before: float
@@ -202,7 +205,7 @@ def fit_classifier(
     """Cross-entropy with early stopping on held-out data, then one temperature an attribute on the held-out predictions.
 
     One network holds out `validation_fraction`. Several are cross-fitted: member m learns without the m-th part of the data and
-    stops early on it, so that every label serves the calibration with a prediction of a network that never saw it. That
+    stops early on it, so that every label serves the calibration with a prediction of a network that was not fitted to it. That
     temperature is far steadier than one of a single split, which a split where all is right drives to zero.
 
     Args:

@@ -68,7 +68,7 @@ def draw_samples(
         batch = environment.batch(label_rows[rows], prompt_rows[rows], generator)
         trajectory = rollout(policy, environment.sampler, batch, generator, tuned=tuned)
         images = environment.decode(trajectory.sample)
-        log_likelihood = environment.reward(images, batch.labels)
+        log_likelihood = environment.score(images, batch.labels)
         kept = images.float().cpu() if keep_images else images.new_zeros(0)
         parts.append((kept, log_likelihood.double(), trajectory.kl.double(), trajectory.log_ratio.double()))
         bar.update(len(rows))
@@ -129,22 +129,21 @@ def certificate(samples: Samples, gamma: float, rows: torch.Tensor | None = None
     means, log_zs, ess = [], [], []
     drawn_means, drawn_log_zs = torch.zeros(BOOTSTRAPS, dtype=torch.float64), torch.zeros(BOOTSTRAPS, dtype=torch.float64)
     for group in groups:
-        n, top = len(group), log_w[group].max()
-        weights = (log_w[group] - top).exp()
+        n = len(group)
         ess.append(effective_sample_size(log_w[group]).item())
         means.append(j[group].mean().item())
-        log_zs.append((weights.mean().log() + top).item() + 0.5 * (1 / ess[-1] - 1 / n))
-        index = torch.randint(n, (BOOTSTRAPS, n), generator=generator)
+        log_zs.append(log_w[group].logsumexp(0).item() - math.log(n) + 0.5 * (1 / ess[-1] - 1 / n))
         # a bootstrap's variance is (n − 1)/n of the sample's: stretched, so that pairs of few trajectories are not flattered
-        stretch = math.sqrt(n / max(n - 1, 1))
-        drawn_means += stretch * (j[group][index].mean(dim=1) - means[-1])
-        drawn_log_zs += stretch * (weights[index].mean(dim=1) / weights.mean()).log()
+        stretch, chunk = math.sqrt(n / max(n - 1, 1)), max(1, 1_000_000 // n)
+        for start in range(0, BOOTSTRAPS, chunk):
+            index = torch.randint(n, (min(chunk, BOOTSTRAPS - start), n), generator=generator)
+            part = slice(start, start + len(index))
+            drawn_means[part] += stretch * (j[group][index].mean(dim=1) - means[-1])
+            drawn_log_zs[part] += stretch * (log_w[group][index].logsumexp(dim=1) - log_w[group].logsumexp(dim=0))
     count = len(groups)
     objective, log_partition = sum(means) / count, sum(log_zs) / count
     spread = [(values.std() / count).item() for values in (drawn_means, drawn_log_zs, drawn_log_zs - drawn_means)]
-    return Certificate(
-        objective, spread[0], log_partition, spread[1], log_partition - objective, spread[2], sum(ess), min(ess)
-    )
+    return Certificate(objective, spread[0], log_partition, spread[1], log_partition - objective, spread[2], sum(ess), min(ess))
 
 
 def certify(
@@ -158,14 +157,21 @@ def certify(
 ) -> tuple[Certificate, list[Certificate]]:
     """Draws fresh trajectories of the tuned model and certifies it: over all labels, and for each row of `environment.labels`.
 
-    Memory is that of `batch_size` trajectories, whatever `per_label`.
+    Only `batch_size` trajectories' states and images are in memory at a time, and five numbers of each that is done.
 
     Raises:
         ValueError: (from `Sampler`, when the environment is made) where there is no certificate: a scheduler without a Gaussian
             step, or a sampler without noise.
     """
     samples = draw_samples(
-        policy, environment, per_label, generator, batch_size=batch_size, keep_images=False, progress=progress, description="certificate"
+        policy,
+        environment,
+        per_label,
+        generator,
+        batch_size=batch_size,
+        keep_images=False,
+        progress=progress,
+        description="certificate",
     )
     rows = [(samples.label_rows == row).nonzero().flatten() for row in range(len(environment.labels))]
     return certificate(samples, environment.gamma), [certificate(samples, environment.gamma, row) for row in rows]
@@ -181,26 +187,29 @@ def gamma_grid(gamma_range: tuple[float, float], count: int = 4) -> list[float]:
 def exact_law(base: Samples, environment: Environment, oracle: LabelOracle | None) -> dict[str, float]:
     """What the exact conditional law itself would score, from reweighted base samples; and log Z from base samples.
 
-    Every base sample of a prompt serves all labels, with weight p̂(y | x)^gamma.
+    Every base sample of a prompt serves all labels, with weight p̂(y | x)^gamma. `base_smallest_ess` is the least effective sample size
+    of a (prompt, label) pair: under 10, this log Z is doubtful too.
     """
     labels, gamma = environment.labels, environment.gamma
     device = labels.device
     scores = torch.stack(
         [
-            torch.cat([environment.reward(chunk.to(device), row.expand(len(chunk), -1)) for chunk in base.images.split(256)])
+            torch.cat([environment.score(chunk.to(device), row.expand(len(chunk), -1)) for chunk in base.images.split(256)])
             for row in labels
         ]
     )
     scores = gamma * scores.double().cpu()
     truth = None if oracle is None else oracle(base.images).cpu()
+    ess: list[float] = []
     log_z, variance, confusion, accuracy_variance = [], 0.0, torch.zeros(len(labels), len(labels), dtype=torch.float64), 0.0
     prompts = base.prompt_rows.unique()
     for prompt in prompts:
         rows = (base.prompt_rows == prompt).nonzero().flatten()
         influence = torch.zeros(len(rows), dtype=torch.float64)
         for y in range(len(labels)):
-            weights = scores[y, rows].exp()
-            log_z.append(weights.mean().log().item())
+            weights = (scores[y, rows] - scores[y, rows].max()).exp()
+            ess.append(effective_sample_size(scores[y, rows]).item())
+            log_z.append(scores[y, rows].logsumexp(0).item() - math.log(len(rows)) + 0.5 * (1 / ess[-1] - 1 / len(rows)))
             influence += weights / weights.mean() - 1
             if truth is not None:
                 share = weights / weights.sum()
@@ -211,6 +220,7 @@ def exact_law(base: Samples, environment: Environment, oracle: LabelOracle | Non
         variance += influence.square().sum().item() / len(rows) ** 2
     pairs = len(prompts) * len(labels)
     out = {"base_log_partition": sum(log_z) / pairs, "base_log_partition_se": math.sqrt(variance) / pairs}
+    out["base_smallest_ess"] = min(ess)
     if truth is not None:
         out["exact_accuracy"] = confusion.diag().mean().item()
         out["exact_accuracy_se"] = math.sqrt(accuracy_variance) / pairs

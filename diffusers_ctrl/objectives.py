@@ -168,15 +168,14 @@ def _regression(
 class Experience:
     """Trajectories taken once and learned from several times. Tensors of N noisy steps, none with a graph.
 
-    states: (N, B, C, *), the x_k of the noisy steps; following: x_{k+1}; base_means: mu_pre(x_k); stds: N tensors.
-    log_probs: (N, B), of the steps taken, in nats; advantages: (N, B) nats; reward, kl: (B,) nats.
+    states: (N, B, C, *), the x_k of the noisy steps; following: x_{k+1}. taken, base: N transitions of the tuned model (as it was
+    then) and of the base at these states. advantages: (N, B) nats; reward, kl: (B,) nats.
     """
 
     states: torch.Tensor
     following: torch.Tensor
-    base_means: torch.Tensor
-    stds: tuple[torch.Tensor, ...]
-    log_probs: torch.Tensor
+    taken: tuple[Transition, ...]
+    base: tuple[Transition, ...]
     advantages: torch.Tensor
     reward: torch.Tensor
     kl: torch.Tensor
@@ -186,9 +185,18 @@ class Baseline:
     """Running mean of what is still to come, for each (label, prompt, step): the baseline of `policy_gradient`.
 
     mean: (labels, prompts, steps) nats. A pair that was never seen takes the mean of the batch at that step.
+    gather: concatenates a tensor over the processes along its first dimension, so that all keep the same baseline.
     """
 
-    def __init__(self, labels: int, prompts: int, steps: int, decay: float = 0.9) -> None:
+    def __init__(
+        self,
+        labels: int,
+        prompts: int,
+        steps: int,
+        decay: float = 0.9,
+        gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        self.gather = gather or (lambda tensor: tensor)
         self.mean = torch.zeros(labels, prompts, steps, dtype=torch.float64)
         self.seen = torch.zeros(labels, prompts, dtype=torch.float64)
         self.decay = decay
@@ -199,7 +207,9 @@ class Baseline:
         values = returns.detach().double().cpu()
         known = self.seen[rows, columns] > 0
         baseline = torch.where(known, self.mean[rows, columns].T, values.mean(dim=1, keepdim=True))
-        pairs = rows * self.mean.shape[1] + columns
+        device = returns.device
+        pairs = self.gather((rows * self.mean.shape[1] + columns).to(device)).cpu()
+        values = self.gather(values.T.contiguous().to(device)).cpu().T
         for pair in pairs.unique().tolist():
             chosen, row, column = pairs == pair, pair // self.mean.shape[1], pair % self.mean.shape[1]
             new = values[:, chosen].mean(dim=1)
@@ -219,7 +229,7 @@ def collect(
     baseline: Baseline | None = None,
 ) -> Experience:
     """Trajectories of the tuned model, with what each step was worth: gamma·log p̂ minus the KL of the later steps, minus b."""
-    x, states, following, base_means, stds, log_probs, kls = batch.noise, [], [], [], [], [], []
+    x, states, following, tuned_steps, base_steps, kls = batch.noise, [], [], [], [], []
     for k in range(len(sampler.timesteps)):
         base = base_transition(policy, sampler, batch, k, x)
         if k not in sampler.noisy_steps:
@@ -229,17 +239,16 @@ def collect(
         states.append(x)
         x = taken.sample(generator)
         following.append(x)
-        base_means.append(base.mean)
-        stds.append(taken.std)
-        log_probs.append(taken.log_prob(x))
+        tuned_steps.append(taken)
+        base_steps.append(base)
         kls.append(taken.kl(base))
     reward = _checked(log_likelihood(x, batch.labels))
     kl = torch.stack(kls)
     later = kl.flip(0).cumsum(0).flip(0) - kl
     returns = batch.gamma.to(reward) * reward - later
     advantages = returns if baseline is None else baseline.subtract(returns, batch)
-    tensors = (torch.stack(part) for part in (states, following, base_means))
-    return Experience(*tensors, tuple(stds), torch.stack(log_probs), advantages, reward, kl.sum(0))
+    ends = torch.stack(states), torch.stack(following)
+    return Experience(*ends, tuple(tuned_steps), tuple(base_steps), advantages, reward, kl.sum(0))
 
 
 def policy_gradient(
@@ -267,10 +276,11 @@ def policy_gradient(
     loss = batch.noise.new_zeros(())
     for i in steps:
         taken = tuned_transition(policy, sampler, batch, noisy[i], experience.states[i])
-        ratio = (taken.log_prob(experience.following[i]) - experience.log_probs[i]).exp()
+        # far beyond the clipping range the ratio's size no longer matters, only that it stays finite
+        ratio = taken.log_ratio(experience.taken[i], experience.following[i]).clamp(-20, 20).exp()
         advantage = experience.advantages[i].to(ratio)
         gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage)
-        loss = loss + (taken.kl(Transition(experience.base_means[i], experience.stds[i])) - gain).mean()
+        loss = loss + (taken.kl(experience.base[i]) - gain).mean()
     return loss * len(noisy) / len(steps), _metrics(experience.reward, experience.kl, batch)
 
 

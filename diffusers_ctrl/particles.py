@@ -2,13 +2,15 @@
 
 A trajectory of the tuned model has the weight w = p̂(y | x_K)^gamma · Π_k p_pre/p_theta, and E_theta[w f(x_K)] = Z · E_p_gamma[f]
 whatever the tuned model is. Drawing one of n trajectories in proportion to w (sampling importance resampling, Rubin 1988) therefore
-tends to the exact conditional law as n grows; n must be about exp(gap) before it does.
+tends to the exact conditional law as n grows. How large n must be is exp of the *other* divergence, KL(exact ‖ tuned) (Chatterjee
+and Diaconis, arXiv 1511.01437), which the gap does not bound: look at the effective sample size.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 
 from .injection import StrengthHook
 from .rollouts import Sampler
+from .transitions import transition
 
 
 def effective_sample_size(log_weights: torch.Tensor) -> torch.Tensor:
@@ -29,7 +32,7 @@ class PathRecorder:
     """Follows a pipeline's own denoising loop and adds up Σ_k log p_theta/p_pre of the steps it takes, in nats.
 
     The denoiser's hook keeps the base's output beside the tuned one; a copy of the scheduler with a watched `step` compares the
-    two transitions. So any pipeline whose guidance is u + s · (c − u) is served, its code untouched.
+    two transitions. So any pipeline whose guidance is u + s · (c − u) is served, its code untouched. The step's own arguments (DDIM's eta) are those of the transitions.
 
     Args:
         hook: the denoiser's. sampler: the law that the call samples. guidance_scale: of the call; None where there is none.
@@ -39,27 +42,37 @@ class PathRecorder:
         self.hook, self.sampler = hook, sampler
         self.guidance_scale = 1.0 if guidance_scale is None else float(guidance_scale)
         self.log_ratio: torch.Tensor | float = 0.0
-        hook.keeps_base = True
+
+    def __enter__(self) -> PathRecorder:
+        self.hook.keeps_base = True
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.hook.keeps_base, self.hook.base_output = False, None
 
     def reset(self) -> None:
         self.log_ratio = 0.0
-
-    def stop(self) -> None:
-        self.hook.keeps_base, self.hook.base_output = False, None
 
     def watched(self, scheduler: Any) -> Any:
         """A copy of the scheduler whose `step` also records; same signature, same result."""
         watched = copy.copy(scheduler)
         step = scheduler.__class__.step.__get__(watched)
 
+        signature = inspect.signature(step)
+        takes_eta = "eta" in signature.parameters
+
         @functools.wraps(step)
         def recording_step(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             result = step(model_output, timestep, sample, *args, **kwargs)
             following = result[0] if isinstance(result, tuple) else result.prev_sample
             if int(timestep) not in self.sampler.deterministic_timesteps:
-                taken = self.sampler.transition(model_output, timestep, sample)
-                base = self.sampler.transition(self._guided(self.hook.base_output, len(sample)), timestep, sample)
-                self.log_ratio = self.log_ratio + taken.log_prob(following).double() - base.log_prob(following).double()
+                given = signature.bind(model_output, timestep, sample, *args, **kwargs).arguments
+                options = {"eta": given.get("eta", signature.parameters["eta"].default)} if takes_eta else {}
+                taken = transition(watched, model_output, timestep, sample, **options)
+                if taken.is_deterministic:
+                    raise ValueError(f"The step at timestep {int(timestep)} has no noise ({options}), so no weight can be given.")
+                base = transition(watched, self._guided(self.hook.base_output, len(sample)), timestep, sample, **options)
+                self.log_ratio = self.log_ratio + taken.log_ratio(base, following)
             return result
 
         watched.step = recording_step

@@ -215,7 +215,7 @@ class CTRLPipeline(DiffusionPipeline):
             num_particles: with n > 1, exact sampling: each image is drawn from n trajectories of the tuned model by their importance
                 weights, which tends to p(x | c) p̂(y | x)^gamma as n grows, whatever the training left over. The output then has
                 `log_weights` (images, n) in nats and `ess` (images,), the effective sample size out of n.
-            particle_batch_size: trajectories at a time, at most, so that they fit in memory.
+            particle_batch_size: trajectories at a time, at most, so that they fit in memory (but at least one for each image).
             prompt: optional; the empty prompt if a text pipeline gets none.
 
         With a label, settings that are not given (num_inference_steps, guidance_scale, eta) are those the adapter was trained
@@ -256,7 +256,7 @@ class CTRLPipeline(DiffusionPipeline):
             self.scheduler = own_scheduler
 
     def _sample_labelled(
-        self, kwargs: dict, labels: torch.Tensor, gamma: float | None, strength: float, base_timesteps: frozenset[int]
+        self, kwargs: dict, labels: torch.Tensor, gamma: float, strength: float, base_timesteps: frozenset[int]
     ) -> Any:
         """The base's own call with these labels, one an image, on the denoiser's hooks."""
         hook = self._ctrl_hook
@@ -267,7 +267,7 @@ class CTRLPipeline(DiffusionPipeline):
             hook.embedding, hook.strength, hook.base_timesteps = None, 1.0, frozenset()
 
     def _sample_particles(
-        self, kwargs: dict, labels: torch.Tensor, repeats: int, gamma: float | None, strength: float, count: int, batch_size: int
+        self, kwargs: dict, labels: torch.Tensor, repeats: int, gamma: float, strength: float, count: int, batch_size: int
     ) -> Any:
         """Exact sampling: `count` trajectories of each of the len(labels) images, weighed, one drawn."""
         if self._ctrl_classifier is None:
@@ -276,40 +276,39 @@ class CTRLPipeline(DiffusionPipeline):
             )
         if kwargs.get("latents") is not None:
             raise ValueError("num_particles cannot be combined with latents: the trajectories need starts of their own.")
+        if given := [name for name in ("timesteps", "sigmas") if kwargs.get(name) is not None]:
+            raise ValueError(f"num_particles cannot be combined with {given[0]}: the adapter's number of steps fixes the grid.")
         if kwargs.get("guidance_rescale"):
             raise ValueError("num_particles cannot be combined with guidance_rescale: the weights know plain guidance only.")
         if kwargs.get("output_type") == "latent":
             raise ValueError("num_particles weighs finished images: output_type must not be 'latent'.")
-        sampler = self._sampler(kwargs)
-        recorder = PathRecorder(self._ctrl_hook, sampler, kwargs.get("guidance_scale"))
-        images, generator = len(labels), kwargs.get("generator")
+        sampler, images, generator = self._sampler(kwargs), len(labels), kwargs.get("generator")
         pool = ParticlePool(images, generator)
         quiet, own = dict(getattr(self, "_progress_bar_config", {})), self.scheduler
         bar = self.progress_bar(total=images * count)
-        self.set_progress_bar_config(**quiet | {"disable": True})
-        self.scheduler = recorder.watched(own)
         try:
-            while pool.count < count:
-                share = min(max(1, batch_size // images), count - pool.count)
-                call = dict(kwargs, return_dict=True, output_type="pt")
-                call |= {"batch_size": images * share} if "batch_size" in kwargs else {"num_images_per_prompt": repeats * share}
-                if isinstance(generator, list):
-                    call["generator"] = [g for g in generator for _ in range(share)]
-                recorder.reset()
-                rows = labels.repeat_interleave(share, dim=0)
-                output = self._sample_labelled(call, rows, gamma, strength, sampler.deterministic_timesteps)
-                drawn = torch.as_tensor(output.images)
-                if drawn.shape[-1] in (1, 3) and isinstance(output.images, np.ndarray):
-                    drawn = drawn.permute(0, 3, 1, 2)  # a pipeline without output_type="pt"
-                fit = self._ctrl_classifier.log_prob(drawn.to(self.denoiser.device), rows)
-                exponent = self._ctrl_config.gamma if gamma is None else gamma
-                pool.add(drawn.cpu(), (exponent * fit.double() - recorder.log_ratio).cpu(), output)
-                bar.update(images * share)
+            self.set_progress_bar_config(**quiet | {"disable": True})
+            with PathRecorder(self._ctrl_hook, sampler, kwargs.get("guidance_scale")) as recorder:
+                self.scheduler = recorder.watched(own)
+                while pool.count < count:
+                    share = min(max(1, batch_size // images), count - pool.count)
+                    call = dict(kwargs, return_dict=True, output_type="pt")
+                    call |= {"batch_size": images * share} if "batch_size" in kwargs else {"num_images_per_prompt": repeats * share}
+                    if isinstance(generator, list):
+                        call["generator"] = [g for g in generator for _ in range(share)]
+                    recorder.reset()
+                    rows = labels.repeat_interleave(share, dim=0)
+                    output = self._sample_labelled(call, rows, gamma, strength, sampler.deterministic_timesteps)
+                    drawn = torch.as_tensor(output.images)
+                    if isinstance(output.images, np.ndarray):  # a pipeline that does not know output_type="pt"
+                        drawn = drawn.permute(0, 3, 1, 2)
+                    fit = self._ctrl_classifier.to(drawn.device).log_prob(drawn, rows)
+                    pool.add(drawn.cpu(), gamma * fit.double().cpu() - recorder.log_ratio.cpu(), output)
+                    bar.update(images * share)
         finally:
             bar.close()
             self.scheduler = own
             self.set_progress_bar_config(**quiet)
-            recorder.stop()
         return pool.output(kwargs.get("output_type", "pil"), kwargs.get("return_dict", True), self.numpy_to_pil)
 
     def _labelled_scheduler(self, sampler: dict[str, Any]) -> Any:
@@ -318,7 +317,7 @@ class CTRLPipeline(DiffusionPipeline):
             return self.scheduler
         return getattr(diffusers, sampler["scheduler"]).from_config(sampler["scheduler_config"])
 
-    def _check_gamma(self, gamma: float | None) -> float | None:
+    def _check_gamma(self, gamma: float | None) -> float:
         config = self._ctrl_config
         if gamma is None:
             return config.gamma
@@ -358,6 +357,8 @@ class CTRLPipeline(DiffusionPipeline):
         steps = arguments.get("num_inference_steps") or self._ctrl_config.sampler["num_inference_steps"]
         takes = inspect.signature(self.scheduler.step).parameters
         options = {k: arguments.get(k, v) for k, v in self._ctrl_config.sampler["options"].items() if k in takes}
+        if "eta" in takes and "eta" not in options:  # an adapter of another scheduler: eta is the call's
+            options["eta"] = arguments.get("eta", 0.0)
         return Sampler(self.scheduler, steps, options)
 
     def _deterministic_timesteps(self, arguments: dict) -> frozenset[int]:

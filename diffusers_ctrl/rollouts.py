@@ -146,7 +146,7 @@ def rollout(
     steps = len(sampler.timesteps)
     x = batch.noise
     states, stds = [x], []
-    kl = torch.zeros(len(batch), dtype=x.dtype, device=x.device)
+    kl = torch.zeros(len(batch), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     log_ratio = torch.zeros(len(batch), dtype=torch.float64, device=x.device)
     for k in range(steps):
         with_grad = k >= steps - grad_steps
@@ -161,7 +161,7 @@ def rollout(
                     base = base_transition(policy, sampler, batch, k, x)
                     kl = kl + taken.kl(base)
                     with torch.no_grad():
-                        log_ratio += taken.log_prob(following).double() - base.log_prob(following).double()
+                        log_ratio += taken.log_ratio(base, following)
         x = following
         states.append(x)
         stds.append(taken.std)
@@ -203,9 +203,17 @@ class Environment:
     def num_prompts(self) -> int:
         return 1 if self.prompt_embeds is None else len(self.prompt_embeds)
 
+    def score(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """log p̂(y | x), (B,) nats, on the labels' device. Raises ValueError where the reward gives anything else."""
+        found = self.reward(images, labels)
+        if not (isinstance(found, torch.Tensor) and found.is_floating_point() and found.shape == (len(images),)):
+            what = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
+            raise ValueError(f"The reward must give one floating-point log-likelihood an image, ({len(images)},); it gave {what}.")
+        return found.to(labels.device)
+
     def log_likelihood(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """log p̂(y | decode(x)), (B,) nats."""
-        return self.reward(self.decode(x), labels)
+        return self.score(self.decode(x), labels)
 
     def batch(self, label_rows: torch.Tensor, prompt_rows: torch.Tensor, generator: torch.Generator | None) -> Batch:
         """A batch with labels[label_rows] and prompt_embeds[prompt_rows], its x_0 drawn from `generator`."""

@@ -7,6 +7,7 @@ what the uninterrupted one would have drawn, with no generator state to save.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import json
 import math
@@ -278,6 +279,21 @@ class CTRLTrainer:
         return torch.Generator(self.accelerator.device).manual_seed(seed)
 
     def _step(self) -> dict[str, float]:
+        """One update. Where it takes several optimizer steps and one fails, all are taken back."""
+        if self.config.objective != "policy_gradient":
+            return self._update()
+        weights = {p: p.detach().clone() for p in self._named.values()}
+        optimizer, baseline = copy.deepcopy(self.optimizer.state_dict()), copy.deepcopy(self.baseline)
+        try:
+            return self._update()
+        except NonFiniteError:
+            for parameter, value in weights.items():
+                parameter.data.copy_(value)
+            self.optimizer.load_state_dict(optimizer)
+            self.baseline = baseline
+            raise
+
+    def _update(self) -> dict[str, float]:
         config, accelerator = self.config, self.accelerator
         environment = self.coarse if self.update < config.coarse_updates else self.environment
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
@@ -323,9 +339,11 @@ class CTRLTrainer:
                 yield {"experience": experience, "steps": part.tolist()}
 
     def _baseline(self, environment: Environment) -> Baseline:
-        steps = len(environment.sampler.noisy_steps)
-        if self.baseline is None or self.baseline.mean.shape[2] != steps:
-            self.baseline = Baseline(len(environment.labels), environment.num_prompts, steps)
+        shape = len(environment.labels), environment.num_prompts, len(environment.sampler.noisy_steps)
+        if self.baseline is None or self.baseline.mean.shape != shape:
+            self.baseline = Baseline(*shape)
+        if self.accelerator.num_processes > 1:
+            self.baseline.gather = self.accelerator.gather
         return self.baseline
 
     @contextlib.contextmanager

@@ -16,7 +16,8 @@ from diffusers.utils.torch_utils import randn_tensor
 
 
 def _sum_but_first(value: torch.Tensor) -> torch.Tensor:
-    return value.flatten(1).sum(dim=1)
+    # thousands of dimensions of a nat each: half precision would round the sum to whole nats and worse
+    return value.flatten(1).sum(dim=1, dtype=torch.float32 if value.dtype in (torch.float16, torch.bfloat16) else None)
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Transition:
         A deterministic step counts 0: the rollouts take it with the base, so that both laws share it (see rollouts.py).
         """
         if self.is_deterministic and other.is_deterministic:
-            return torch.zeros(len(self.mean), dtype=self.mean.dtype, device=self.mean.device)
+            return _sum_but_first(torch.zeros_like(self.mean))
         if torch.equal(self.std, other.std):
             return _sum_but_first(((self.mean - other.mean) / self.std).square()) / 2
         ratio = (self.std / other.std).square()
@@ -50,6 +51,12 @@ class Transition:
             raise ValueError("A deterministic step (std = 0) has no density, so no log-probability.")
         normal = ((x - self.mean) / self.std).square() / 2 + self.std.log() + math.log(2 * math.pi) / 2
         return -_sum_but_first(normal.expand_as(self.mean))
+
+    def log_ratio(self, other: Transition, x: torch.Tensor) -> torch.Tensor:
+        """log self(x) − log other(x) in nats, (B,) float64: summed difference by difference, which no large sums cancel out of."""
+        x, mean, std, other_mean, other_std = (v.double() for v in (x, self.mean, self.std, other.mean, other.std))
+        terms = (((x - other_mean) / other_std).square() - ((x - mean) / std).square()) / 2 + other_std.log() - std.log()
+        return _sum_but_first(terms.expand_as(mean))
 
     def sample(
         self, generator: torch.Generator | list[torch.Generator] | None = None, noise: torch.Tensor | None = None

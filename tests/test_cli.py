@@ -308,7 +308,9 @@ def test_a_scorer_in_place_of_labelled_images(sd_folder, tmp_path):
 
     with pytest.raises(ValueError, match="no classifier, so no gap can be measured: give --scorer"):
         evaluate.main(["--adapter", str(run), "--config", write_config(tmp_path / "none.yaml", **settings(sd_folder, tmp_path))])
-    again = evaluate.main(["--adapter", str(run), "--config", str(tmp_path / "smoke.yaml"), "--output_dir", str(tmp_path / "again")])
+    again = evaluate.main(
+        ["--adapter", str(run), "--config", str(tmp_path / "smoke.yaml"), "--output_dir", str(tmp_path / "again")]
+    )
     assert math.isfinite(again["gap"])
     pipe = CTRLPipeline.from_pretrained(run)
     assert pipe.classifier is None and list(pipe.label_space.attributes["stroke"].names) == ["plain", "red"]

@@ -1,6 +1,7 @@
 """The certificate on a problem with a known log Z, for good and bad tuned models; the exact law from reweighted base samples."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -85,6 +86,22 @@ def test_certify_keeps_no_images():
     assert draw_samples(policy, environment, 50, generator, batch_size=30, keep_images=False, progress=False).images is None
     found, _ = certify(policy, environment, 50, torch.Generator().manual_seed(0), batch_size=30, progress=False)
     assert found == certificate(kept, 1.0)
+
+
+def test_errors_stay_finite_for_very_uneven_weights():
+    policy, environment = gaussian(0.1)
+    samples = draw_samples(policy, environment, 30, torch.Generator().manual_seed(0), progress=False)
+    uneven = replace(samples, log_likelihood=2000 * samples.log_likelihood)
+    found = certificate(uneven, 1.0)
+    assert all(math.isfinite(v) for v in (found.gap_se, found.log_partition_se, found.objective_se)) and found.log_partition_se > 1
+
+
+@pytest.mark.parametrize("answer", [torch.zeros(4, 1), torch.zeros(4, dtype=torch.long), torch.zeros(()), 0.0])
+def test_a_reward_of_another_shape_is_named(answer):
+    _, environment = gaussian(0.0)
+    environment = replace(environment, reward=lambda *_: answer)
+    with pytest.raises(ValueError, match=r"one floating-point log-likelihood an image, \(4,\); it gave"):
+        environment.log_likelihood(torch.zeros(4, 1), environment.labels[[0, 0, 1, 1]])
 
 
 def test_where_there_is_no_certificate():

@@ -184,6 +184,7 @@ def test_nothing_is_left_behind(pipe):
         ({"eta": 0.0}, "adds no noise at any step"),
         ({"output_type": "latent"}, "output_type must not be 'latent'"),
         ({"latents": torch.zeros(1, 4, 8, 8)}, "cannot be combined with latents"),
+        ({"timesteps": [900, 500, 100]}, "cannot be combined with timesteps"),
         ({"guidance_rescale": 0.5}, "cannot be combined with guidance_rescale"),
         ({"num_particles": 0}, "must be at least 1"),
         ({"particle_batch_size": 0}, "must be at least 1"),
@@ -193,6 +194,27 @@ def test_bad_input(pipe, kwargs, message):
     with pytest.raises(ValueError, match=message):
         pipe(PROMPT, **{"label": "bold", "num_particles": 2, **kwargs})
     assert not pipe._ctrl_hook.keeps_base
+
+
+def test_an_error_in_the_middle_leaves_nothing_behind(pipe, monkeypatch):
+    before, scheduler = pipe(PROMPT, generator=generator(), output_type="pt").images, pipe.scheduler
+    monkeypatch.setattr(type(pipe.classifier), "log_prob", lambda *_: torch.full((64,), math.nan))
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        particles(pipe, 64)
+    assert pipe.scheduler is scheduler and not pipe._ctrl_hook.keeps_base and pipe._ctrl_hook.base_output is None
+    assert pipe._progress_bar_config == {"disable": True}
+    assert torch.equal(pipe(PROMPT, generator=generator(), output_type="pt").images, before)
+
+
+def test_weights_in_half_precision(sd_folder, sd_adapter, pipe):
+    """In bfloat16 the states are rough, but the weights are not those of sums rounded to whole nats."""
+    half = CTRLPipeline.from_pretrained(sd_folder, torch_dtype=torch.bfloat16)
+    half.load_ctrl_adapter(sd_adapter)
+    half.set_progress_bar_config(disable=True)
+    rough, fine = (particles(p, 60, strength=0.2).log_weights for p in (half, pipe))
+    assert rough.dtype == torch.float64 and rough.isfinite().all()
+    assert len(rough.unique()) == 60
+    assert abs(rough.mean() - fine.mean()) < 5 * (fine.std() + rough.std()) / 60**0.5
 
 
 def test_an_adapter_without_a_classifier(sd_folder, sd_adapter):

@@ -132,6 +132,38 @@ def test_old_checkpoints_are_pruned_and_nothing_is_half_written(tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints" / names[0]).iterdir()) == [STATE_NAME, TENSORS_NAME]
 
 
+def test_a_nan_in_a_later_step_of_an_update_takes_the_update_back(tmp_path):
+    """policy_gradient steps several times an update: the checkpoint must hold the weights from before the first of them."""
+    from diffusers_ctrl import trainer as module
+
+    trainer = make_trainer(tmp_path, objective="policy_gradient", ppo_epochs=1, ppo_minibatches=3)
+    original, calls = module.OBJECTIVES["policy_gradient"], 0
+
+    def broken(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        loss, metrics = original(*args, **kwargs)
+        return loss * (float("nan") if calls == 8 else 1.0), metrics  # the second pass of update 3
+
+    module.OBJECTIVES["policy_gradient"] = broken
+    try:
+        with pytest.raises(TrainingStopped, match="update 3: in micro-batch 1 of 1, the loss is nan.*checkpoint-000002"):
+            trainer.train()
+    finally:
+        module.OBJECTIVES["policy_gradient"] = original
+    reference = make_trainer(tmp_path / "reference", objective="policy_gradient", ppo_epochs=1, ppo_minibatches=3, max_updates=6)
+    for _ in range(2):
+        reference._step()
+        reference.update += 1
+    resumed = make_trainer(
+        tmp_path, objective="policy_gradient", ppo_epochs=1, ppo_minibatches=3, resume_from="latest", max_updates=2
+    )
+    resumed.train()
+    for name, value in weights(reference).items():
+        assert torch.equal(weights(trainer)[name], value) and torch.equal(weights(resumed)[name], value), name
+    assert torch.equal(resumed.baseline.mean, reference.baseline.mean)
+
+
 def test_a_nan_reward_stops_with_the_last_good_weights_saved(tmp_path):
     good, calls = GaussianLikelihood((-0.4, 1.0), 0.6), 0
 

@@ -253,7 +253,9 @@ def print_table(metrics: dict[str, Any], names: list[str]) -> None:
         print(f"{name + ' (nats)':24}{cell(name):>18}")
     print(f"{'effective sample size':24}{metrics['ess']:>18.0f}   (smallest prompt-label pair: {metrics['smallest_ess']:.1f})")
     if metrics["gap_is_lower_bound"]:
-        print("warning: the effective sample size of some pair is under 10, so gap is only a lower bound; gap_from_base is not.")
+        print("warning: the effective sample size of some pair is under 10, so gap is only a lower bound.")
+    if metrics.get("base_smallest_ess", 10) < 10:
+        print("warning: the base samples' effective size is under 10 for some pair: gap_from_base is too small as well.")
     for gamma, row in by_gamma(metrics).items():
         shown = {key: row.get(key) for key in ("accuracy", "exact_accuracy", "kl", "gap", "gap_from_base")}
         print(f"  gamma {gamma:<16g}" + "  ".join(f"{k} {v:.3f}" for k, v in shown.items() if v is not None))

@@ -147,7 +147,7 @@ def save_adapter(folder: str | os.PathLike, adapter: Adapter, dtype: torch.dtype
         if model is not None:
             model.save_config(temporary / name)
             save_file(stored(model.state_dict()), temporary / name / WEIGHTS_NAME, metadata={"format": "pt"})
-    (temporary / CONFIG_NAME).write_text(json.dumps(asdict(adapter.config), indent=2) + "\n")
+    save_config(temporary, adapter.config)
     if not folder.exists():
         os.replace(temporary, folder)
         return folder
@@ -159,6 +159,13 @@ def save_adapter(folder: str | os.PathLike, adapter: Adapter, dtype: torch.dtype
         shutil.rmtree(folder / "classifier", ignore_errors=True)
     shutil.rmtree(temporary)
     return folder
+
+
+def save_config(folder: Path, config: AdapterConfig) -> None:
+    """Writes ctrl_config.json alone: new metrics leave the weights' files as they are."""
+    temporary = folder / f"{CONFIG_NAME}.tmp"
+    temporary.write_text(json.dumps(asdict(config), indent=2) + "\n")
+    os.replace(temporary, folder / CONFIG_NAME)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

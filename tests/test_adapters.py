@@ -151,9 +151,13 @@ def test_the_classifier_files(folder):
         "image_size": 8,
         "in_channels": 3,
         "widths": [4, 8],
+        "members": 1,
         "temperatures": [1.5],
     }
     assert config["_class_name"] == "Classifier"
+    tensors = load_file(folder / "classifier/diffusion_pytorch_model.safetensors")
+    assert {key.split(".")[2] for key in tensors} == {"stem", "stages", "heads"}
+    assert all(key.startswith("networks.0.") for key in tensors)
 
 
 def test_the_digest_is_of_the_architecture_alone(pipe):

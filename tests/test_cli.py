@@ -292,6 +292,21 @@ def test_evaluation_knows_the_range(gamma_run, sd_folder, tmp_path):
     assert math.isfinite(metrics["by_gamma.4.gap"])
 
 
+def test_new_figures_leave_the_weights_as_they_are(gamma_run, sd_folder, tmp_path):
+    import evaluate
+
+    folder = tmp_path / "adapter"
+    shutil.copytree(gamma_run, folder, ignore=shutil.ignore_patterns("checkpoints", "dataset", "grids"))
+    weights = {path: path.read_bytes() for path in folder.rglob("*.safetensors")}
+    config = write_config(tmp_path / "smoke.yaml", **settings(sd_folder, tmp_path / "again", eval_samples=8))
+    metrics = evaluate.main(["--adapter", str(folder), "--update_adapter", "true", "--config", config])
+    assert len(weights) == 3 and all(path.read_bytes() == data for path, data in weights.items())
+    assert (
+        load_adapter(folder).config.metrics["gap"] == metrics["gap"] != json.loads((gamma_run / "metrics.json").read_text())["gap"]
+    )
+    assert not list(folder.rglob("*.tmp"))
+
+
 def reddish(images, labels):
     """A scorer: log p(red | image), of the mean of one colour, through NumPy, so that no gradient passes."""
     share = torch.from_numpy(images.detach().mean(dim=(2, 3)).numpy())[:, 0].clamp(0.05, 0.95)

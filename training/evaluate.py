@@ -21,7 +21,7 @@ from transformers import HfArgumentParser
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from diffusers_ctrl import CTRLPipeline, Policy  # noqa: E402
-from diffusers_ctrl.adapters import Adapter, load_adapter, package_versions, resolve_folder, save_adapter  # noqa: E402
+from diffusers_ctrl.adapters import Adapter, load_adapter, package_versions, resolve_folder, save_config  # noqa: E402
 from diffusers_ctrl.bases import decoder, encode_prompts, latent_shape  # noqa: E402
 from diffusers_ctrl.cards import save_card  # noqa: E402
 from diffusers_ctrl.evaluation import confusion_matrix, draw_samples, evaluate, evaluate_gammas, gamma_grid  # noqa: E402
@@ -113,9 +113,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if oracle is not None:
         plot_confusion(confusion_matrix(tuned.label_rows, oracle(tuned.images), len(names)), names, output / "confusion.png")
     if own.update_adapter:
-        adapter = replace(adapter, config=replace(adapter.config, metrics=metrics))
-        save_adapter(folder, adapter)
-        save_card(folder, adapter.config, prompts=task.prompts, attribute=next(iter(space.attributes)))
+        updated = replace(adapter.config, metrics=metrics)
+        save_config(folder, updated)
+        save_card(folder, updated, prompts=task.prompts, attribute=next(iter(space.attributes)))
     print_table(metrics, names)
     return metrics
 

@@ -105,7 +105,7 @@ def main() -> None:
     base_cells = base["digit"] * DECILES + torch.bucketize(base["ink"], edges)
     laws = [exact_law(base, base_cells, label) for label in range(len(names))]
     # the exact law is an estimate itself: how far its two halves are apart, halved, is about its own error
-    half = torch.arange(len(base["digit"])) % 2 == 0
+    half = torch.arange(len(base["digit"])) // environment.num_prompts % 2 == 0  # prompts take turns: whole rounds on each side
     halves = [{key: value[rows] for key, value in base.items()} for rows in (half, ~half)]
     own_error = [
         distance(exact_law(halves[0], base_cells[half], y), exact_law(halves[1], base_cells[~half], y)) / 2

@@ -303,14 +303,12 @@ def _fit_network(
 
 
 @torch.no_grad()
-def calibrate(
-    classifier: Classifier, images: torch.Tensor, labels: torch.Tensor, *, num_train: int = 0, epochs: int = 0
-) -> CalibrationReport:
+def calibrate(classifier: Classifier, images: torch.Tensor, labels: torch.Tensor) -> CalibrationReport:
     """Sets the temperatures from data that no member has seen, and reports accuracy, NLL and ECE averaged over the attributes."""
     device = next(classifier.parameters()).device
     chunks = [classifier(chunk.to(device)) for chunk in images.split(256)]
     logits = [torch.cat(chunk, dim=1).cpu() for chunk in zip(*chunks, strict=True)]
-    return _set_temperatures(classifier, logits, labels, num_train=num_train, epochs=epochs)
+    return _set_temperatures(classifier, logits, labels, num_train=0, epochs=0)
 
 
 def _set_temperatures(

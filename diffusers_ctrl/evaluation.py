@@ -30,7 +30,8 @@ PromptOracle = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class Samples:
     """Trajectories' ends and costs, on the CPU.
 
-    images: (N, C, H, W) in [0, 1], or the states where there is no decoder; None where they were not kept. label_rows, prompt_rows: (N,) which label and prompt.
+    images: (N, C, H, W) in [0, 1], or the states where there is no decoder; None where they were not kept.
+    label_rows, prompt_rows: (N,) which label and prompt.
     log_likelihood: (N,) nats, for the row's own label; kl, log_ratio: (N,) nats, 0 for base samples.
     """
 

@@ -19,7 +19,7 @@ x_{k+1}, hence the index k + 1. Where u = 0 the two gradients agree to rounding 
 with any baseline b that does not depend on the trajectory. KL_k is exact, and only the later ones belong to what step k can change.
 
 Signature: objective(policy, sampler, batch, log_likelihood, generator, **options) -> (loss, metrics), where
-log_likelihood(x_K, labels) -> (B,) nats is differentiable, and metrics are floats: reward, kl, objective (= gamma·reward − kl).
+log_likelihood(x_K, labels) -> (B,) nats is differentiable (but for policy_gradient), and metrics are floats: reward, kl, objective (= gamma·reward − kl).
 """
 
 from __future__ import annotations
@@ -166,14 +166,14 @@ def _regression(
 
 @dataclass(frozen=True)
 class Experience:
-    """Trajectories taken once and learned from several times. Tensors of N noisy steps, none with a graph.
+    """Trajectories taken once and learned from several times. Nothing in it has a graph.
 
-    states: (N, B, C, *), the x_k of the noisy steps; following: x_{k+1}. taken, base: N transitions of the tuned model (as it was
+    states: the x_k of the N noisy steps, (B, C, *) each; following: x_{k+1}. taken, base: N transitions of the tuned model (as it was
     then) and of the base at these states. advantages: (N, B) nats; reward, kl: (B,) nats.
     """
 
-    states: torch.Tensor
-    following: torch.Tensor
+    states: tuple[torch.Tensor, ...]
+    following: tuple[torch.Tensor, ...]
     taken: tuple[Transition, ...]
     base: tuple[Transition, ...]
     advantages: torch.Tensor
@@ -247,8 +247,7 @@ def collect(
     later = kl.flip(0).cumsum(0).flip(0) - kl
     returns = batch.gamma.to(reward) * reward - later
     advantages = returns if baseline is None else baseline.subtract(returns, batch)
-    ends = torch.stack(states), torch.stack(following)
-    return Experience(*ends, tuple(tuned_steps), tuple(base_steps), advantages, reward, kl.sum(0))
+    return Experience(tuple(states), tuple(following), tuple(tuned_steps), tuple(base_steps), advantages, reward, kl.sum(0))
 
 
 def policy_gradient(

@@ -32,14 +32,16 @@ class PathRecorder:
     """Follows a pipeline's own denoising loop and adds up Σ_k log p_theta/p_pre of the steps it takes, in nats.
 
     The denoiser's hook keeps the base's output beside the tuned one; a copy of the scheduler with a watched `step` compares the
-    two transitions. So any pipeline whose guidance is u + s · (c − u) is served, its code untouched. The step's own arguments (DDIM's eta) are those of the transitions.
+    two transitions. So any pipeline whose guidance is u + s · (c − u) is served, its code untouched. The step's
+    own arguments (DDIM's eta) are those of the transitions.
 
     Args:
         hook: the denoiser's. sampler: the law that the call samples. guidance_scale: of the call; None where there is none.
     """
 
     def __init__(self, hook: StrengthHook, sampler: Sampler, guidance_scale: float | None) -> None:
-        self.hook, self.sampler = hook, sampler
+        self.hook = hook
+        self.deterministic_timesteps = sampler.deterministic_timesteps  # asked at every step: each time would read them all anew
         self.guidance_scale = 1.0 if guidance_scale is None else float(guidance_scale)
         self.log_ratio: torch.Tensor | float = 0.0
 
@@ -57,7 +59,6 @@ class PathRecorder:
         """A copy of the scheduler whose `step` also records; same signature, same result."""
         watched = copy.copy(scheduler)
         step = scheduler.__class__.step.__get__(watched)
-
         signature = inspect.signature(step)
         takes_eta = "eta" in signature.parameters
 
@@ -65,7 +66,7 @@ class PathRecorder:
         def recording_step(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             result = step(model_output, timestep, sample, *args, **kwargs)
             following = result[0] if isinstance(result, tuple) else result.prev_sample
-            if int(timestep) not in self.sampler.deterministic_timesteps:
+            if int(timestep) not in self.deterministic_timesteps:
                 given = signature.bind(model_output, timestep, sample, *args, **kwargs).arguments
                 options = {"eta": given.get("eta", signature.parameters["eta"].default)} if takes_eta else {}
                 taken = transition(watched, model_output, timestep, sample, **options)

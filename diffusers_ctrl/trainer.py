@@ -283,7 +283,9 @@ class CTRLTrainer:
         if self.config.objective != "policy_gradient":
             return self._update()
         weights = {p: p.detach().clone() for p in self._named.values()}
-        optimizer, baseline = copy.deepcopy(self.optimizer.state_dict()), copy.deepcopy(self.baseline)
+        optimizer, baseline = copy.deepcopy(self.optimizer.state_dict()), self.baseline
+        # not a deep copy of the baseline: with several processes it holds the accelerator's gather
+        means = None if baseline is None else (baseline.mean.clone(), baseline.seen.clone())
         try:
             return self._update()
         except NonFiniteError:
@@ -291,6 +293,8 @@ class CTRLTrainer:
                 parameter.data.copy_(value)
             self.optimizer.load_state_dict(optimizer)
             self.baseline = baseline
+            if baseline is not None:
+                baseline.mean, baseline.seen = means
             raise
 
     def _update(self) -> dict[str, float]:

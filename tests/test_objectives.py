@@ -299,43 +299,46 @@ def test_a_nan_reward_is_an_error_that_names_the_rows(objective):
         objective(policy, environment.sampler, batch, broken)
 
 
+# -- the closed-form Gaussian problem --
+
+OBSERVATIONS, NOISE, PRIOR = (-0.4, 1.0), 0.6, (0.3, 0.8)
+
+
+def gaussian_trainer(folder, rank: int, gamma_range=None, **settings) -> tuple[CTRLTrainer, list[tuple[float, float, float]]]:
+    """A trainer on a Gaussian prior and two Gaussian likelihoods, and the base's steps, from which the answers follow."""
+    scheduler = cosine_scheduler()
+    policy = Policy(
+        GaussianDenoiser(*PRIOR, scheduler),
+        label_space=LabelSpace(y=Categorical(("low", "high"))),
+        lora_rank=rank,
+        lora_targets=["slope", "shift", "linear_1", "linear_2"],
+        gamma_range=None if gamma_range is None else tuple(gamma_range),
+    )
+    rates = {"learning_rate": 2e-2, "label_learning_rate": 2e-2, "merge_lora": True}
+    quiet = {"output_dir": str(folder), "checkpoint_every": 0, "report_to": "none"}
+    config = CTRLConfig(**quiet, **rates, gamma_range=gamma_range, **settings)
+    trainer = CTRLTrainer(policy, scheduler, GaussianLikelihood(OBSERVATIONS, NOISE), config, shape=(1,))
+    return trainer, affine_steps(*PRIOR, trainer.environment.sampler)
+
+
 @pytest.mark.parametrize("objective", ["direct_backprop", "adjoint_matching", "policy_gradient"])
 def test_gaussian_prior_and_likelihood_train_to_the_exact_posterior(objective, tmp_path):
     """Closed form: the gap goes to 0 within its error, mean and variance of the samples to the exact ones within 0.02."""
     torch.manual_seed(0)
-    observations, noise, prior = (-0.4, 1.0), 0.6, (0.3, 0.8)
-    scheduler = cosine_scheduler()
-    policy = Policy(
-        GaussianDenoiser(*prior, scheduler),
-        label_space=LabelSpace(y=Categorical(("low", "high"))),
-        lora_rank=1,
-        lora_targets=["slope", "shift", "linear_1", "linear_2"],
-    )
-    config = CTRLConfig(
-        output_dir=str(tmp_path),
-        num_inference_steps=50,
-        objective=objective,
-        batch_size=256,
-        max_updates=160,
-        learning_rate=2e-2,
-        label_learning_rate=2e-2,
-        checkpoint_every=0,
-        report_to="none",
-        merge_lora=True,
-    )
-    trainer = CTRLTrainer(policy, scheduler, GaussianLikelihood(observations, noise), config, shape=(1,))
-    steps = affine_steps(*prior, trainer.environment.sampler)
+    trainer, steps = gaussian_trainer(tmp_path, 1, objective=objective, num_inference_steps=50, batch_size=256, max_updates=160)
     trainer.train()
-    samples = draw_samples(policy, trainer.environment, 4000, torch.Generator().manual_seed(9), batch_size=4000, progress=False)
+    samples = draw_samples(
+        trainer.policy, trainer.environment, 4000, torch.Generator().manual_seed(9), batch_size=4000, progress=False
+    )
     found = certificate(samples, 1.0)
-    exact = sum(exact_log_partition(steps, y, noise) for y in observations) / 2
-    reachable = sum(best_objective(steps, y, noise) for y in observations) / 2
+    exact = sum(exact_log_partition(steps, y, NOISE) for y in OBSERVATIONS) / 2
+    reachable = sum(best_objective(steps, y, NOISE) for y in OBSERVATIONS) / 2
     assert exact - reachable < 0.01  # what no Gaussian step of the base's variance can close at 50 steps
     assert abs(found.log_partition - exact) < 3 * found.log_partition_se
     assert found.gap < 3 * found.gap_se + (exact - reachable)
     assert found.gap > -3 * found.gap_se
-    for row, y in enumerate(observations):
-        mean, variance = posterior_moments(steps, y, noise)
+    for row, y in enumerate(OBSERVATIONS):
+        mean, variance = posterior_moments(steps, y, NOISE)
         x = samples.images[samples.label_rows == row]
         assert abs(x.mean().item() - mean) < 0.02 + 3 * (variance / len(x)) ** 0.5
         assert abs(x.var().item() - variance) < 0.02 + 3 * variance * (2 / len(x)) ** 0.5
@@ -344,39 +347,17 @@ def test_gaussian_prior_and_likelihood_train_to_the_exact_posterior(objective, t
 def test_one_model_for_a_range_of_gamma(tmp_path):
     """Trained once on gamma from 0.5 to 2, certified at three of them; a model for gamma = 1 alone is far off at 2."""
     torch.manual_seed(0)
-    observations, noise, prior = (-0.4, 1.0), 0.6, (0.3, 0.8)
     gaps = {}
     for gamma_range in ([0.5, 2.0], None):
-        scheduler = cosine_scheduler()
-        policy = Policy(
-            GaussianDenoiser(*prior, scheduler),
-            label_space=LabelSpace(y=Categorical(("low", "high"))),
-            lora_rank=4,
-            lora_targets=["slope", "shift", "linear_1", "linear_2"],
-            gamma_range=None if gamma_range is None else tuple(gamma_range),
-        )
-        config = CTRLConfig(
-            output_dir=str(tmp_path),
-            num_inference_steps=20,
-            objective="direct_backprop",
-            gamma_range=gamma_range,
-            batch_size=128,
-            max_updates=120,
-            learning_rate=2e-2,
-            label_learning_rate=2e-2,
-            checkpoint_every=0,
-            report_to="none",
-            merge_lora=True,
-        )
-        trainer = CTRLTrainer(policy, scheduler, GaussianLikelihood(observations, noise), config, shape=(1,))
-        steps = affine_steps(*prior, trainer.environment.sampler)
+        settings = {"num_inference_steps": 20, "batch_size": 128, "max_updates": 120, "gamma_range": gamma_range}
+        trainer, steps = gaussian_trainer(tmp_path, 4, objective="direct_backprop", **settings)
         trainer.train()
         for gamma in (0.5, 1.0, 2.0):
             environment = replace(trainer.environment, gamma=gamma)
             generator = torch.Generator().manual_seed(9)
-            samples = draw_samples(policy, environment, 3000, generator, batch_size=3000, progress=False)
-            exact = sum(exact_log_partition(steps, y, noise, gamma) for y in observations) / 2
-            reachable = sum(best_objective(steps, y, noise, gamma) for y in observations) / 2
+            samples = draw_samples(trainer.policy, environment, 3000, generator, batch_size=3000, progress=False)
+            exact = sum(exact_log_partition(steps, y, NOISE, gamma) for y in OBSERVATIONS) / 2
+            reachable = sum(best_objective(steps, y, NOISE, gamma) for y in OBSERVATIONS) / 2
             gaps[gamma_range is None, gamma] = exact - certificate(samples, gamma).objective - (exact - reachable)
     assert all(-0.03 < gaps[False, gamma] < 0.03 for gamma in (0.5, 1.0, 2.0)), gaps
     assert gaps[True, 2.0] > 0.1 and abs(gaps[True, 1.0]) < 0.03, gaps

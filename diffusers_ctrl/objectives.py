@@ -25,28 +25,15 @@ log_likelihood(x_K, labels) -> (B,) nats is differentiable (but for policy_gradi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
+from .experience import Experience, LogLikelihood, checked, collect
 from .policy import Policy
 from .rollouts import Batch, Rollout, Sampler, base_transition, rollout, tuned_transition
-from .transitions import Transition
 
 
-LogLikelihood = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Metrics = dict[str, float]
-
-
-class NonFiniteError(ValueError):
-    """A reward or a loss is NaN or infinite."""
-
-
-def _checked(reward: torch.Tensor) -> torch.Tensor:
-    if not torch.isfinite(reward).all():
-        bad = (~torch.isfinite(reward)).nonzero().flatten().tolist()
-        raise NonFiniteError(f"the log-likelihood is NaN or infinite for {len(bad)} of {len(reward)} samples (rows {bad[:8]})")
-    return reward
 
 
 def _differentiable(reward: torch.Tensor, name: str) -> torch.Tensor:
@@ -81,7 +68,7 @@ def direct_backprop(
     if truncation is not None and not least <= truncation <= steps:
         raise ValueError(f"truncation must be between {least} and the number of steps, {steps}; got {truncation}.")
     trajectory = rollout(policy, sampler, batch, generator, grad_steps=truncation or steps)
-    reward = _differentiable(_checked(log_likelihood(trajectory.sample, batch.labels)), "direct_backprop")
+    reward = _differentiable(checked(log_likelihood(trajectory.sample, batch.labels)), "direct_backprop")
     loss = (trajectory.kl - batch.gamma.to(reward) * reward).mean()
     return loss, _metrics(reward, trajectory.kl, batch)
 
@@ -97,7 +84,7 @@ def lean_adjoint(
     """
     with torch.enable_grad():
         x = trajectory.sample.detach().requires_grad_()
-        reward = _differentiable(_checked(log_likelihood(x, batch.labels)), "adjoint_matching")
+        reward = _differentiable(checked(log_likelihood(x, batch.labels)), "adjoint_matching")
         (adjoint,) = torch.autograd.grad(-(batch.gamma.to(reward) * reward).sum(), x)
     steps = len(sampler.timesteps)
     adjoints, base_means = [adjoint], []
@@ -162,92 +149,6 @@ def _regression(
         loss = loss + scale * residual.square().flatten(1).sum(1).mean() / 2
         kl = kl + scale * control.detach().square().flatten(1).sum(1) / 2
     return loss, kl
-
-
-@dataclass(frozen=True)
-class Experience:
-    """Trajectories taken once and learned from several times. Nothing in it has a graph.
-
-    states: the x_k of the N noisy steps, (B, C, *) each; following: x_{k+1}. taken, base: N transitions of the tuned model (as it was
-    then) and of the base at these states. advantages: (N, B) nats; reward, kl: (B,) nats.
-    """
-
-    states: tuple[torch.Tensor, ...]
-    following: tuple[torch.Tensor, ...]
-    taken: tuple[Transition, ...]
-    base: tuple[Transition, ...]
-    advantages: torch.Tensor
-    reward: torch.Tensor
-    kl: torch.Tensor
-
-
-class Baseline:
-    """Running mean of what is still to come, for each (label, prompt, step): the baseline of `policy_gradient`.
-
-    mean: (labels, prompts, steps) nats. A pair that was never seen takes the mean of the batch at that step.
-    gather: concatenates a tensor over the processes along its first dimension, so that all keep the same baseline.
-    """
-
-    def __init__(
-        self,
-        labels: int,
-        prompts: int,
-        steps: int,
-        decay: float = 0.9,
-        gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    ) -> None:
-        self.gather = gather or (lambda tensor: tensor)
-        self.mean = torch.zeros(labels, prompts, steps, dtype=torch.float64)
-        self.seen = torch.zeros(labels, prompts, dtype=torch.float64)
-        self.decay = decay
-
-    def subtract(self, returns: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """(steps, B) returns minus the baseline of earlier batches; then these are taken in."""
-        rows, columns = batch.label_rows.cpu(), batch.prompts.cpu()
-        values = returns.detach().double().cpu()
-        known = self.seen[rows, columns] > 0
-        baseline = torch.where(known, self.mean[rows, columns].T, values.mean(dim=1, keepdim=True))
-        device = returns.device
-        pairs = self.gather((rows * self.mean.shape[1] + columns).to(device)).cpu()
-        values = self.gather(values.T.contiguous().to(device)).cpu().T
-        for pair in pairs.unique().tolist():
-            chosen, row, column = pairs == pair, pair // self.mean.shape[1], pair % self.mean.shape[1]
-            new = values[:, chosen].mean(dim=1)
-            weight = 1 - self.decay ** chosen.sum().item() if self.seen[row, column] else 1.0
-            self.mean[row, column] += weight * (new - self.mean[row, column])
-            self.seen[row, column] = 1.0
-        return returns - baseline.to(returns)
-
-
-@torch.no_grad()
-def collect(
-    policy: Policy,
-    sampler: Sampler,
-    batch: Batch,
-    log_likelihood: LogLikelihood,
-    generator: torch.Generator | None = None,
-    baseline: Baseline | None = None,
-) -> Experience:
-    """Trajectories of the tuned model, with what each step was worth: gamma·log p̂ minus the KL of the later steps, minus b."""
-    x, states, following, tuned_steps, base_steps, kls = batch.noise, [], [], [], [], []
-    for k in range(len(sampler.timesteps)):
-        base = base_transition(policy, sampler, batch, k, x)
-        if k not in sampler.noisy_steps:
-            x = base.mean
-            continue
-        taken = tuned_transition(policy, sampler, batch, k, x)
-        states.append(x)
-        x = taken.sample(generator)
-        following.append(x)
-        tuned_steps.append(taken)
-        base_steps.append(base)
-        kls.append(taken.kl(base))
-    reward = _checked(log_likelihood(x, batch.labels))
-    kl = torch.stack(kls)
-    later = kl.flip(0).cumsum(0).flip(0) - kl
-    returns = batch.gamma.to(reward) * reward - later
-    advantages = returns if baseline is None else baseline.subtract(returns, batch)
-    return Experience(tuple(states), tuple(following), tuple(tuned_steps), tuple(base_steps), advantages, reward, kl.sum(0))
 
 
 def policy_gradient(

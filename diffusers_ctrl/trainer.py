@@ -28,7 +28,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from .objectives import OBJECTIVES, Baseline, NonFiniteError, collect
+from .experience import Baseline, NonFiniteError, collect
+from .objectives import OBJECTIVES
 from .policy import Policy
 from .rollouts import Batch, Environment, Sampler
 
@@ -64,6 +65,10 @@ class CTRLConfig:
     ppo_minibatches: int = _option(
         4, "policy_gradient: optimizer steps a pass; each takes its share of the (trajectory, step) pairs."
     )
+    lookahead_critic: bool = _option(
+        False, "policy_gradient: a baseline from the score of the denoised estimate at each step; costs a scoring a label and step."
+    )
+    gae_lambda: float = _option(1.0, "policy_gradient with lookahead_critic: below 1, less noise and some bias.")
     coarse_updates: int = _option(0, "First so many updates run on the coarser law of `coarse_steps` denoising steps, for speed.")
     coarse_steps: int = _option(8, "Denoising steps of the coarse start; what is learned there carries over.")
     merge_lora: bool = _option(False, "Compute W + BA once an update: about half the cost on small float32 models.")
@@ -97,6 +102,10 @@ class CTRLConfig:
                 raise ValueError(f"gamma_range must be two numbers, 0 < LOW < HIGH; got {self.gamma_range}.")
             if not self.gamma_range[0] <= self.gamma <= self.gamma_range[1]:
                 raise ValueError(f"gamma = {self.gamma} lies outside gamma_range {self.gamma_range}.")
+        if not 0 <= self.gae_lambda <= 1:
+            raise ValueError(f"gae_lambda must be from 0 to 1, got {self.gae_lambda}.")
+        if self.gae_lambda < 1 and not self.lookahead_critic:
+            raise ValueError(f"gae_lambda = {self.gae_lambda} needs lookahead_critic: only its baseline knows the state.")
         for name in (
             "batch_size",
             "gradient_accumulation_steps",
@@ -284,8 +293,7 @@ class CTRLTrainer:
             return self._update()
         weights = {p: p.detach().clone() for p in self._named.values()}
         optimizer, baseline = copy.deepcopy(self.optimizer.state_dict()), self.baseline
-        # not a deep copy of the baseline: with several processes it holds the accelerator's gather
-        means = None if baseline is None else (baseline.mean.clone(), baseline.seen.clone())
+        learned = None if baseline is None else baseline.state()
         try:
             return self._update()
         except NonFiniteError:
@@ -294,7 +302,7 @@ class CTRLTrainer:
             self.optimizer.load_state_dict(optimizer)
             self.baseline = baseline
             if baseline is not None:
-                baseline.mean, baseline.seen = means
+                baseline.load(learned)
             raise
 
     def _update(self) -> dict[str, float]:
@@ -334,7 +342,14 @@ class CTRLTrainer:
         """policy_gradient's trajectories, and for each of its optimizer steps the noisy steps that it learns from."""
         with self._naming(micro), self.policy.merged(self.config.merge_lora), self.accelerator.autocast():
             experience = collect(
-                self.policy, environment.sampler, batch, environment.log_likelihood, generator, self._baseline(environment)
+                self.policy,
+                environment.sampler,
+                batch,
+                environment.log_likelihood,
+                generator,
+                self._baseline(environment),
+                lookahead=environment.log_likelihoods if self.config.lookahead_critic else None,
+                gae_lambda=self.config.gae_lambda,
             )
         count = len(environment.sampler.noisy_steps)
         for _ in range(self.config.ppo_epochs):
@@ -345,7 +360,7 @@ class CTRLTrainer:
     def _baseline(self, environment: Environment) -> Baseline:
         shape = len(environment.labels), environment.num_prompts, len(environment.sampler.noisy_steps)
         if self.baseline is None or self.baseline.mean.shape != shape:
-            self.baseline = Baseline(*shape)
+            self.baseline = Baseline(*shape, features=1 + len(environment.labels) if self.config.lookahead_critic else 0)
         if self.accelerator.num_processes > 1:
             self.baseline.gather = self.accelerator.gather
         return self.baseline
@@ -392,7 +407,7 @@ class CTRLTrainer:
                 for key, value in self.optimizer.state.get(parameter, {}).items():
                     tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
             if self.baseline is not None:
-                tensors |= {"baseline.mean": self.baseline.mean, "baseline.seen": self.baseline.seen}
+                tensors |= {f"baseline.{name}": value for name, value in self.baseline.state().items()}
             save_file(tensors, temporary / TENSORS_NAME)
             state = {"update": self.update, "seconds": self.seconds, "seed": self.config.seed, "history": self.history}
             (temporary / STATE_NAME).write_text(json.dumps(state) + "\n")
@@ -430,7 +445,7 @@ class CTRLTrainer:
                     self.optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
         if "baseline.mean" in tensors:
             self.baseline = Baseline(*tensors["baseline.mean"].shape)
-            self.baseline.mean, self.baseline.seen = tensors["baseline.mean"], tensors["baseline.seen"]
+            self.baseline.load({name: tensors[f"baseline.{name}"] for name in self.baseline.state()})
         self.update, self.seconds, self.history = state["update"], state["seconds"], state["history"]
         self.accelerator.print(f"resumed from {folder} at update {self.update}")
 

@@ -22,10 +22,14 @@ def _sum_but_first(value: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Transition:
-    """N(mean, std²) over the next state. `mean` (B, *), `std` broadcastable to it; std = 0 means a deterministic step."""
+    """N(mean, std²) over the next state. `mean` (B, *), `std` broadcastable to it; std = 0 means a deterministic step.
+
+    denoised: the estimate of the clean sample that the step was made from, (B, *), clipped where the scheduler clips.
+    """
 
     mean: torch.Tensor
     std: torch.Tensor
+    denoised: torch.Tensor | None = None
 
     @property
     def is_deterministic(self) -> bool:
@@ -151,7 +155,7 @@ def _ddim(
     # at a terminal signal of ~0 and eta = 1 the direction's weight is 0 up to rounding, which must not go below it
     direction = math.sqrt(max(1 - alpha_previous - variance, 0.0)) * noise
     std = torch.tensor(math.sqrt(max(variance, 0.0)), dtype=x.dtype, device=x.device)
-    return Transition(math.sqrt(alpha_previous) * clean + direction, std)
+    return Transition(math.sqrt(alpha_previous) * clean + direction, std, clean)
 
 
 @transition.register
@@ -189,4 +193,4 @@ def _ddpm(scheduler: DDPMScheduler, output: torch.Tensor, t: int | torch.Tensor,
             f"DDPMScheduler(variance_type={kind!r}) with this denoiser gives no standard deviation: use fixed_small, "
             "fixed_small_log or fixed_large, or a denoiser that predicts its variance with learned or learned_range."
         )
-    return Transition(mean, std)
+    return Transition(mean, std, clean)

@@ -1,4 +1,4 @@
-"""Analytic problems with known answers: a Gaussian prior and a Gaussian likelihood, with an exact denoiser that LoRA can tune."""
+"""Problems for tests: a Gaussian prior and likelihood, with an exact denoiser that LoRA can tune; and a tiny U-Net in float64."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
 from torch import nn
 
-from diffusers_ctrl.rollouts import Sampler
+from diffusers_ctrl import Categorical, LabelSpace, Policy
+from diffusers_ctrl.rollouts import Environment, Sampler
 
 
 def cosine_scheduler(**kwargs) -> DDIMScheduler:
@@ -122,3 +123,54 @@ def best_objective(steps: list[tuple[float, float, float]], y: float, noise: flo
         q = slope * (q + p * shift)
         p = p * slope**2
     return r + 0.5 * p  # x_0 ~ N(0, 1)
+
+
+def tiny_policy(guidance_scale: float = 1.0, perturb: float = 0.0, checkpointing: bool = False) -> Policy:
+    """A U-Net of a few thousand weights in float64, of three labels; `perturb` moves LoRA and label encoder off zero."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=4,
+        in_channels=2,
+        out_channels=2,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    policy = Policy(
+        unet,
+        label_space=LabelSpace(kind=Categorical(("a", "b", "c"))),
+        lora_rank=2,
+        lora_targets=["to_q", "to_v", "conv1", "time_emb_proj"],
+        guidance_scale=guidance_scale,
+        checkpointing=checkpointing,
+    ).double()
+    if perturb:
+        generator = torch.Generator().manual_seed(1)
+        for group in policy.trainable_parameters().values():
+            for parameter in group:
+                parameter.data += perturb * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return policy
+
+
+def tiny_environment(steps: int = 5, options: dict | None = None, gamma: float = 1.3) -> Environment:
+    """Two prompts and a smooth, non-linear log p̂ of three labels, for `tiny_policy`."""
+    generator = torch.Generator().manual_seed(2)
+    weights = torch.randn(3, 32, generator=generator, dtype=torch.float64)
+
+    def reward(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        scores = (torch.tanh(x.flatten(1)) @ weights.T).log_softmax(dim=1)
+        return scores.gather(1, labels.long()).squeeze(1)
+
+    return Environment(
+        Sampler(cosine_scheduler(), steps, options or {"eta": 1.0}),
+        (2, 4, 4),
+        reward,
+        torch.tensor([[0.0], [1.0], [2.0]]),
+        gamma,
+        prompt_embeds=torch.randn(2, 3, 8, generator=generator, dtype=torch.float64),
+        null_embeds=torch.randn(1, 3, 8, generator=generator, dtype=torch.float64),
+    )

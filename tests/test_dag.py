@@ -22,6 +22,7 @@ ORDER = (
     "bases",
     "classifiers",
     "rewards",
+    "experience",
     "objectives",
     "adapters",
     "pipelines",

@@ -5,12 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 
 from diffusers_ctrl import Categorical, CTRLConfig, CTRLTrainer, LabelSpace, Policy
 from diffusers_ctrl.evaluation import certificate, draw_samples
-from diffusers_ctrl.objectives import Baseline, NonFiniteError, adjoint_matching, collect, direct_backprop, policy_gradient
-from diffusers_ctrl.rollouts import Environment, Sampler
+from diffusers_ctrl.experience import Baseline, NonFiniteError, collect
+from diffusers_ctrl.objectives import adjoint_matching, direct_backprop, policy_gradient
 from problems import (
     GaussianDenoiser,
     GaussianLikelihood,
@@ -19,59 +18,9 @@ from problems import (
     cosine_scheduler,
     exact_log_partition,
     posterior_moments,
+    tiny_environment,
+    tiny_policy,
 )
-
-
-SPACE = LabelSpace(kind=Categorical(("a", "b", "c")))
-
-
-def tiny_policy(guidance_scale: float = 1.0, perturb: float = 0.0, checkpointing: bool = False) -> Policy:
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=4,
-        in_channels=2,
-        out_channels=2,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=8,
-        attention_head_dim=2,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )
-    policy = Policy(
-        unet,
-        label_space=SPACE,
-        lora_rank=2,
-        lora_targets=["to_q", "to_v", "conv1", "time_emb_proj"],
-        guidance_scale=guidance_scale,
-        checkpointing=checkpointing,
-    ).double()
-    if perturb:
-        generator = torch.Generator().manual_seed(1)
-        for group in policy.trainable_parameters().values():
-            for parameter in group:
-                parameter.data += perturb * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-    return policy
-
-
-def tiny_environment(steps: int = 5, options: dict | None = None, gamma: float = 1.3) -> Environment:
-    generator = torch.Generator().manual_seed(2)
-    weights = torch.randn(3, 32, generator=generator, dtype=torch.float64)
-
-    def reward(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        scores = (torch.tanh(x.flatten(1)) @ weights.T).log_softmax(dim=1)
-        return scores.gather(1, labels.long()).squeeze(1)
-
-    return Environment(
-        Sampler(cosine_scheduler(), steps, options or {"eta": 1.0}),
-        (2, 4, 4),
-        reward,
-        torch.tensor([[0.0], [1.0], [2.0]]),
-        gamma,
-        prompt_embeds=torch.randn(2, 3, 8, generator=generator, dtype=torch.float64),
-        null_embeds=torch.randn(1, 3, 8, generator=generator, dtype=torch.float64),
-    )
 
 
 def gradient(objective, policy, environment, **options) -> torch.Tensor:
@@ -189,13 +138,14 @@ def test_truncation_changes_the_gradient_and_is_checked():
 # -- policy gradient --
 
 
-@pytest.mark.parametrize("perturb", [0.0, 0.1])
-def test_policy_gradient_has_the_path_wise_gradient_in_expectation(perturb):
+@pytest.mark.parametrize("perturb, lookahead", [(0.0, False), (0.1, False), (0.1, True)])
+def test_policy_gradient_has_the_path_wise_gradient_in_expectation(perturb, lookahead):
     """At the start and at a perturbed point: equal means of two unbiased estimates along four directions, within four standard
     errors; and the mean gradients point the same way. (That of direct_backprop is held to finite differences of J above.)"""
     policy, environment = tiny_policy(perturb=perturb), tiny_environment(steps=3)
     parameters = [p for group in policy.trainable_parameters().values() for p in group]
-    baseline = Baseline(3, 2, 2)
+    baseline = Baseline(3, 2, 2, features=4 if lookahead else 0)
+    scores = environment.log_likelihoods if lookahead else None
     count, found = 45, {"direct": [], "policy": []}
     for seed in range(count):
         for name in found:
@@ -203,7 +153,8 @@ def test_policy_gradient_has_the_path_wise_gradient_in_expectation(perturb):
             batch = environment.draw(60, generator)
             options = {}
             if name == "policy":
-                experience = collect(policy, environment.sampler, batch, environment.log_likelihood, generator, baseline)
+                arguments = (policy, environment.sampler, batch, environment.log_likelihood, generator, baseline)
+                experience = collect(*arguments, lookahead=scores)
                 if seed == 0:
                     continue  # the first batch is its own baseline
                 options = {"experience": experience}
@@ -280,11 +231,64 @@ def test_the_baseline_is_a_running_mean_of_its_pair():
     baseline = Baseline(3, 2, 1, decay=0.5)
     batch = environment.batch(torch.tensor([0, 0, 1]), torch.tensor([0, 0, 1]), None)
     returns = torch.tensor([[1.0, 3.0, 8.0]], dtype=torch.float64)
-    assert torch.equal(baseline.subtract(returns, batch), returns - 4.0)  # nothing known yet: the batch's mean
-    assert torch.equal(baseline.subtract(returns, batch), torch.tensor([[-1.0, 1.0, 0.0]], dtype=torch.float64))
-    baseline.subtract(returns + 4, batch)
+    assert torch.equal(baseline.values(returns, batch), torch.full_like(returns, 4.0))  # nothing known yet: the batch's mean
+    assert torch.equal(baseline.values(returns, batch), torch.tensor([[2.0, 2.0, 8.0]], dtype=torch.float64))
+    baseline.values(returns + 4, batch)
     assert baseline.mean[0, 0, 0] == 5.0 and baseline.mean[1, 1, 0] == 10.0  # two rows move it by 3/4, one by 1/2
     assert not baseline.mean[2].any()
+
+
+def test_the_baseline_regresses_on_features_what_the_means_leave_over():
+    """returns = mean of the pair + a slope of the label and step x feature: known after some batches, for each label its own."""
+    environment = tiny_environment()
+    baseline, means_only = Baseline(3, 2, 2, features=2), Baseline(3, 2, 2)
+    generator = torch.Generator().manual_seed(0)
+    slopes = torch.tensor([[1.0, -2.0, 0.5], [3.0, 0.0, -1.0]], dtype=torch.float64)
+    for _ in range(60):
+        batch = environment.draw(60, generator)
+        features = torch.randn(2, 60, 2, generator=generator, dtype=torch.float64)
+        level = batch.label_rows.double() - 2 * batch.prompts.double()
+        returns = level + slopes[:, batch.label_rows] * features[..., 1]
+        expected, level = baseline.values(returns, batch, features), means_only.values(returns, batch)
+    # not all: the running mean wavers with the features of its last batches
+    assert (returns - expected).square().mean() < 0.2 * (returns - level).square().mean()
+    fresh = Baseline(3, 2, 2, features=2)
+    fresh.load(baseline.state())
+    other = environment.draw(60, generator)
+    assert torch.equal(fresh.values(returns, other, features), baseline.values(returns, other, features))
+
+
+def test_a_lookahead_takes_noise_out_of_the_advantages_and_gae_more():
+    policy, environment = tiny_policy(perturb=0.1), tiny_environment(steps=8)
+    found = {}
+    for name, features, scores, gae_lambda in (
+        ("plain", 0, None, 1.0),
+        ("lookahead", 4, environment.log_likelihoods, 1.0),
+        ("gae", 4, environment.log_likelihoods, 0.0),
+    ):
+        baseline = Baseline(3, 2, len(environment.sampler.noisy_steps), features=features)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(12):
+            batch = environment.draw(90, generator)
+            arguments = (policy, environment.sampler, batch, environment.log_likelihood, generator, baseline)
+            found[name] = collect(*arguments, lookahead=scores, gae_lambda=gae_lambda)
+    assert torch.equal(found["plain"].reward, found["gae"].reward)  # the same trajectories
+    spread = {name: experience.advantages.square().mean(dim=1) for name, experience in found.items()}
+    assert spread["lookahead"][-1] < 0.6 * spread["plain"][-1]  # close to the end the estimate tells nearly all
+    assert spread["gae"].sum() < 0.6 * spread["lookahead"].sum()
+
+
+def test_lambda_returns_go_from_one_step_to_the_whole_rest():
+    from diffusers_ctrl.experience import _lambda_returns
+
+    generator = torch.Generator().manual_seed(0)
+    final, kl, expected = (torch.randn(*shape, generator=generator) for shape in ((5,), (3, 5), (3, 5)))
+    whole = torch.stack([final - kl[1] - kl[2], final - kl[2], final])
+    torch.testing.assert_close(_lambda_returns(final, kl, expected, 1.0), whole)
+    one_step = torch.stack([expected[1] - kl[1], expected[2] - kl[2], final])
+    torch.testing.assert_close(_lambda_returns(final, kl, expected, 0.0), one_step)
+    first = 0.7 * expected[1] + 0.3 * (0.7 * expected[2] + 0.3 * final - kl[2]) - kl[1]
+    torch.testing.assert_close(_lambda_returns(final, kl, expected, 0.3)[0], first)
 
 
 @pytest.mark.parametrize("objective", [direct_backprop, adjoint_matching, policy_gradient])

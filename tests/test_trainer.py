@@ -51,11 +51,18 @@ def test_training_moves_only_lora_and_label_encoder(tmp_path):
     assert len(history) == 6 and all(math.isfinite(v) for row in history for v in row.values())
 
 
-@pytest.mark.parametrize("objective", ["direct_backprop", "policy_gradient"])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, objective):
-    whole = make_trainer(tmp_path / "whole", objective=objective)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"objective": "direct_backprop"},
+        {"objective": "policy_gradient"},
+        {"objective": "policy_gradient", "lookahead_critic": True, "gae_lambda": 0.5},
+    ],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, settings):
+    whole = make_trainer(tmp_path / "whole", **settings)
     whole.train()
-    first = make_trainer(tmp_path / "cut", objective=objective, checkpoint_every=2)
+    first = make_trainer(tmp_path / "cut", checkpoint_every=2, **settings)
     calls = 0
 
     def interrupted(*args, original=first._step):
@@ -68,7 +75,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, objecti
     first._step = interrupted
     with pytest.raises(KeyboardInterrupt):
         first.train()
-    second = make_trainer(tmp_path / "cut", objective=objective, resume_from="latest")
+    second = make_trainer(tmp_path / "cut", resume_from="latest", **settings)
     history = second.train()
     assert second.update == 6 and [row["update"] for row in history] == [1, 2, 3, 4, 5, 6]
     for name, value in weights(whole).items():
@@ -221,6 +228,8 @@ def test_state_is_json(tmp_path):
         ({"mixed_precision": "int8"}, "mixed_precision must be"),
         ({"gamma": 0.0}, "gamma must be positive"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"gae_lambda": 1.5, "lookahead_critic": True}, "gae_lambda must be from 0 to 1, got 1.5"),
+        ({"gae_lambda": 0.5}, "gae_lambda = 0.5 needs lookahead_critic"),
         ({"eta": 0.0}, "adds no noise at any step"),
     ],
 )

@@ -42,23 +42,24 @@ def tensors(seed, channels=3):
 
 
 def read_step(scheduler, monkeypatch, output, t, x, **kwargs):
-    """(mean, std) of `scheduler.step`, by replacing the noise it draws with zeros, then with ones."""
+    """(mean, std, clean estimate) of `scheduler.step`, by replacing the noise it draws with zeros, then with ones."""
     results = []
     for value in (0.0, 1.0):
         for name in ("ddim", "ddpm"):
             path = f"diffusers.schedulers.scheduling_{name}.randn_tensor"
             monkeypatch.setattr(path, lambda shape, value=value, dtype=None, **_: torch.full(tuple(shape), value, dtype=dtype))
-        results.append(scheduler.step(output, t, x, **kwargs).prev_sample)
-    return results[0], results[1] - results[0]
+        results.append(scheduler.step(output, t, x, **kwargs))
+    low, high = (result.prev_sample for result in results)
+    return low, high - low, results[0].pred_original_sample
 
 
 def assert_parity(scheduler, monkeypatch, output, t, x, rtol=RTOL, atol=0.0, **kwargs):
-    mean, std = read_step(scheduler, monkeypatch, output, t, x, **kwargs)
+    mean, std, clean = read_step(scheduler, monkeypatch, output, t, x, **kwargs)
     ours = transition(scheduler, output, t, x, **kwargs)
     assert ours.mean.dtype == ours.std.dtype == torch.float64
     where = f"t={int(t)} {kwargs} {dict(scheduler.config)}"
     ok = torch.isfinite(mean) & torch.isfinite(std)
-    for name, theirs, mine in (("mean", mean, ours.mean), ("std", std, ours.std.expand_as(mean))):
+    for name, theirs, mine in (("mean", mean, ours.mean), ("std", std, ours.std.expand_as(mean)), ("clean", clean, ours.denoised)):
         if ok.any():
             # 2e-10: diffusers clamps DDPM's variance of 0 to 1e-20; 1e-12: std is a difference of numbers of the mean's size
             bound = rtol * theirs[ok].abs().max() + atol + 2e-10 + 1e-12 * mean[ok].abs().max()

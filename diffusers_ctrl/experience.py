@@ -10,7 +10,7 @@ of a bias where V is wrong: gae_lambda = 1 has none.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -139,7 +139,8 @@ class Baseline:
 
 def _features(scores: torch.Tensor) -> torch.Tensor:
     """(B, M) nats -> (B, 1 + M): a one, and the scores in units of 10 nats."""
-    # beyond some nats of disbelief a score says no more of where the trajectory is going, and would only strain the regression
+    # beyond some nats of disbelief a score says no more of where the trajectory is going, and would only strain the regression;
+    # nor may a scorer that fails on an unfinished sample stop the training (on a finished one it does)
     scores = scores.double().nan_to_num(nan=0.0).clamp(-30, 30) / 10
     return torch.cat([torch.ones_like(scores[:, :1]), scores], dim=1)
 
@@ -171,12 +172,16 @@ def collect(
             continue
         taken = tuned_transition(policy, sampler, batch, k, x)
         if lookahead is not None:
+            if taken.denoised is None:
+                name = type(sampler.scheduler).__name__
+                raise ValueError(f"The transition of {name} gives no denoised estimate, which lookahead_critic needs.")
             features.append(_features(lookahead(taken.denoised)))
         states.append(x)
         x = taken.sample(generator)
         following.append(x)
-        tuned_steps.append(taken)
-        base_steps.append(base)
+        # kept for all steps: without the estimates, which nothing reads again
+        tuned_steps.append(replace(taken, denoised=None))
+        base_steps.append(replace(base, denoised=None))
         kls.append(taken.kl(base))
     reward = checked(log_likelihood(x, batch.labels))
     kl = torch.stack(kls)

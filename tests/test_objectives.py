@@ -278,6 +278,17 @@ def test_a_lookahead_takes_noise_out_of_the_advantages_and_gae_more():
     assert spread["gae"].sum() < 0.6 * spread["lookahead"].sum()
 
 
+def test_a_lookahead_without_an_estimate_is_an_error(monkeypatch):
+    from diffusers_ctrl import experience
+
+    policy, environment = tiny_policy(), tiny_environment()
+    original = experience.tuned_transition
+    monkeypatch.setattr(experience, "tuned_transition", lambda *args: replace(original(*args), denoised=None))
+    batch = environment.draw(6, torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="DDIMScheduler gives no denoised estimate, which lookahead_critic needs"):
+        collect(policy, environment.sampler, batch, environment.log_likelihood, lookahead=environment.log_likelihoods)
+
+
 def test_lambda_returns_go_from_one_step_to_the_whole_rest():
     from diffusers_ctrl.experience import _lambda_returns
 

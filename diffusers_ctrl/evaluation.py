@@ -192,13 +192,7 @@ def exact_law(base: Samples, environment: Environment, oracle: LabelOracle | Non
     of a (prompt, label) pair: under 10, this log Z is doubtful too.
     """
     labels, gamma = environment.labels, environment.gamma
-    device = labels.device
-    scores = torch.stack(
-        [
-            torch.cat([environment.score(chunk.to(device), row.expand(len(chunk), -1)) for chunk in base.images.split(256)])
-            for row in labels
-        ]
-    )
+    scores = torch.cat([environment.scores(chunk.to(labels.device)) for chunk in base.images.split(256)]).T
     scores = gamma * scores.double().cpu()
     truth = None if oracle is None else oracle(base.images).cpu()
     ess: list[float] = []

@@ -215,10 +215,13 @@ class Environment:
         """log p̂(y | decode(x)), (B,) nats."""
         return self.score(self.decode(x), labels)
 
-    def log_likelihoods(self, x: torch.Tensor) -> torch.Tensor:
-        """log p̂ of every label of the environment, (B, C, *) -> (B, M) nats: decoded once."""
-        images = self.decode(x)
+    def scores(self, images: torch.Tensor) -> torch.Tensor:
+        """log p̂ of every label of the environment, (B, C, H, W) -> (B, M) nats."""
         return torch.stack([self.score(images, label.expand(len(images), -1)) for label in self.labels], dim=1)
+
+    def log_likelihoods(self, x: torch.Tensor) -> torch.Tensor:
+        """The same of states, (B, C, *) -> (B, M) nats: decoded once."""
+        return self.scores(self.decode(x))
 
     def batch(self, label_rows: torch.Tensor, prompt_rows: torch.Tensor, generator: torch.Generator | None) -> Batch:
         """A batch with labels[label_rows] and prompt_embeds[prompt_rows], its x_0 drawn from `generator`."""

@@ -359,8 +359,9 @@ class CTRLTrainer:
 
     def _baseline(self, environment: Environment) -> Baseline:
         shape = len(environment.labels), environment.num_prompts, len(environment.sampler.noisy_steps)
-        if self.baseline is None or self.baseline.mean.shape != shape:
-            self.baseline = Baseline(*shape, features=1 + len(environment.labels) if self.config.lookahead_critic else 0)
+        features = 1 + len(environment.labels) if self.config.lookahead_critic else 0
+        if self.baseline is None or (self.baseline.mean.shape, self.baseline.moments.shape[2]) != (shape, features):
+            self.baseline = Baseline(*shape, features=features)
         if self.accelerator.num_processes > 1:
             self.baseline.gather = self.accelerator.gather
         return self.baseline

@@ -82,6 +82,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, setting
         assert torch.equal(value, weights(second)[name]), name
 
 
+def test_a_run_may_be_resumed_with_a_critic_it_did_not_have(tmp_path):
+    make_trainer(tmp_path, objective="policy_gradient", max_updates=2).train()
+    resumed = make_trainer(tmp_path, objective="policy_gradient", max_updates=4, lookahead_critic=True, resume_from="latest")
+    resumed.train()
+    assert resumed.update == 4 and resumed.baseline.moments.any()
+
+
 def test_accumulated_micro_batches_average(tmp_path):
     """Two micro-batches give the mean of their gradients: the update differs from either's own, and is reproducible."""
     one = make_trainer(tmp_path / "a", gradient_accumulation_steps=2, max_updates=2)

@@ -11,9 +11,6 @@ Writes results/exact_sampling.json and .png.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,8 +20,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "training")]
 from evaluate import adapter_environment  # noqa: E402
+from records import RESULTS, provenance, write_json  # noqa: E402
 
-from diffusers_ctrl.adapters import load_adapter, package_versions, resolve_folder  # noqa: E402
+from diffusers_ctrl.adapters import load_adapter, resolve_folder  # noqa: E402
 from diffusers_ctrl.evaluation import draw_samples  # noqa: E402
 from diffusers_ctrl.particles import effective_sample_size  # noqa: E402
 from diffusers_ctrl.rollouts import Environment  # noqa: E402
@@ -143,7 +141,6 @@ def main() -> None:
             f"n = {n:3}: TV {row['total_variation']:.4f}, noise floor {row['floor']:.4f}, ESS / n {row['ess_share']:.2f}",
             flush=True,
         )
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     base_distance = [distance(histogram(base_cells, torch.ones(len(base_cells), dtype=torch.float64)), law) for law in laws]
     result = {
         "rows": rows,
@@ -154,12 +151,10 @@ def main() -> None:
         "adapter": args.adapter,
         "gap_from_base": adapter.config.metrics.get("gap_from_base"),
         "seed": args.seed,
-        "commit": commit,
-        "versions": package_versions(),
+        **provenance(),
     }
-    output = ROOT / "benchmarks" / "results" / "exact_sampling.json"
-    output.with_suffix(".tmp").write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(output.with_suffix(".tmp"), output)
+    output = RESULTS / "exact_sampling.json"
+    write_json(output, result)
     plot(result, output.with_suffix(".png"))
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,8 +22,10 @@ from diffusers import DiffusionPipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "training")]
+from records import RESULTS, provenance, write_json  # noqa: E402
+
 from diffusers_ctrl import Categorical, Classifier, CTRLConfig, CTRLTrainer, LabelSpace, Policy  # noqa: E402
-from diffusers_ctrl.adapters import package_versions, resolve_folder  # noqa: E402
+from diffusers_ctrl.adapters import resolve_folder  # noqa: E402
 from diffusers_ctrl.bases import decoder, encode_prompts, latent_shape, round_trip  # noqa: E402
 from diffusers_ctrl.classifiers import fit_classifier  # noqa: E402
 from diffusers_ctrl.evaluation import draw_samples, evaluate  # noqa: E402
@@ -127,21 +127,17 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("runs/benchmarks"))
     args = parser.parse_args()
     spec = yaml.safe_load(args.experiment.read_text())
-    output = args.output or ROOT / "benchmarks" / "results" / f"{args.experiment.stem}.json"
+    output = args.output or RESULTS / f"{args.experiment.stem}.json"
     results = json.loads(output.read_text()) if output.is_file() else {"variants": {}}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     for name, settings in spec["variants"].items():
         if args.only and name not in args.only:
             continue
         seconds = args.seconds or spec["seconds"]
         row = run_variant(spec, settings or {}, seconds, spec["eval_samples"], spec["base_samples"], args.cache)
-        row |= {"commit": commit, "versions": package_versions(), "threads": torch.get_num_threads()}
+        row |= {**provenance(), "threads": torch.get_num_threads()}
         row["seed"] = {**spec["common"], **(settings or {})}.get("seed", 0)
         results["variants"][name] = row
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = output.with_suffix(".tmp")
-        temporary.write_text(json.dumps(results, indent=1) + "\n")
-        os.replace(temporary, output)
+        write_json(output, results)
         m = row["metrics"]
         print(
             f"{name:28} {row['updates']:5} updates {row['seconds']:6.0f} s  J {m['objective']:.3f}  KL {m['kl']:.3f}  gap "

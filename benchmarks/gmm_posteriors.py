@@ -20,8 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -35,9 +33,9 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from gmm_problem import GMMDenoiser, GMMProblem, geometric_scheduler, gmm_problem  # noqa: E402
+from records import provenance, save_figure, write_json  # noqa: E402
 
 from diffusers_ctrl import Categorical, LabelSpace, Policy  # noqa: E402
-from diffusers_ctrl.adapters import package_versions  # noqa: E402
 from diffusers_ctrl.evaluation import Samples, certificate, draw_samples  # noqa: E402
 from diffusers_ctrl.objectives import direct_backprop  # noqa: E402
 from diffusers_ctrl.particles import ParticlePool, effective_sample_size  # noqa: E402
@@ -266,13 +264,6 @@ def run_problem(seed: int, d_y: int, args: argparse.Namespace) -> dict:
     return row
 
 
-def write(results: dict, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(temporary, path)
-
-
 def tables(rows: list[dict], d_y: int) -> dict[str, list[float]]:
     """method -> its distances over the seeds of a row, the floor first. Of DPS the strength that is best on each problem is added."""
     chosen = [row for row in rows if row["d_y"] == d_y]
@@ -351,10 +342,7 @@ def plot(results: dict, path: Path) -> None:
         axes[-1].legend(fontsize=8, loc="center right")
         axes[-1].set_title("seed 27, d_y = 1: means of even, odd coordinates", fontsize=10)
         axes[-1].set_aspect("equal", adjustable="datalim")
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=120)
-    plt.close(figure)
-    os.replace(temporary, path)
+    save_figure(figure, path, dpi=120)
 
 
 def summary(results: dict) -> str:
@@ -393,13 +381,12 @@ def main() -> None:
         if results["settings"] != settings and not args.plot_only:
             raise SystemExit(f"{args.output} was made with {results['settings']}: give another --output, or remove it.")
     else:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        own = provenance()
+        own["versions"] |= {name: version(name) for name in ("azula", "POT") if not args.no_peers or name == "POT"}
         results = {
             "note": "wasserstein: POT's max-sliced distance of 1,000 outputs to 10,000 exact samples. calls: of the denoiser, an output. "
             "seconds: for the 1,000 outputs, one thread, other jobs beside it. nats: objective, log_partition, gap.",
-            "commit": commit,
-            "versions": package_versions()
-            | {name: version(name) for name in ("azula", "POT") if not args.no_peers or name == "POT"},
+            **own,
             "threads": 1,
             "settings": settings,
             "published": PUBLISHED,
@@ -415,7 +402,7 @@ def main() -> None:
             row = run_problem(seed, d_y, args)
             row["seconds"] = round(time.perf_counter() - started, 1)
             results["rows"].append(row)
-            write(results, args.output)
+            write_json(args.output, results)
             gaps = ", ".join(f"{name} {phase['gap']:.2f}" for name, phase in row["phases"].items())
             figures = ", ".join(f"{name} {method['wasserstein']:.2f}" for name, method in row["methods"].items())
             print(f"seed {seed} d_y {d_y} ({row['seconds']} s): gaps {gaps}; floor {row['floor']:.2f}; {figures}", flush=True)

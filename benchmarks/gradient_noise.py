@@ -9,9 +9,6 @@ unbiased estimate of |E g|²; noise = E|g|² − signal; cosine of the mean grad
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,8 +19,9 @@ from tqdm.auto import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "training")]
 from evaluate import adapter_environment  # noqa: E402
+from records import RESULTS, provenance, write_json  # noqa: E402
 
-from diffusers_ctrl.adapters import load_adapter, package_versions, resolve_folder  # noqa: E402
+from diffusers_ctrl.adapters import load_adapter, resolve_folder  # noqa: E402
 from diffusers_ctrl.objectives import OBJECTIVES  # noqa: E402
 from diffusers_ctrl.policy import Policy  # noqa: E402
 from diffusers_ctrl.rollouts import Environment  # noqa: E402
@@ -67,14 +65,8 @@ def main() -> None:
     cosine = torch.nn.functional.cosine_similarity
     for name in list(rows)[1:]:
         rows[name]["cosine_to_direct_backprop"] = cosine(means[name], means["direct_backprop"], dim=0).item()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     settings = {key: getattr(args, key) for key in ("adapter", "batches", "batch_size", "seed")}
-    output = ROOT / "benchmarks" / "results" / "gradient_noise.json"
-    temporary = output.with_suffix(".tmp")
-    temporary.write_text(
-        json.dumps({**settings, "objectives": rows, "commit": commit, "versions": package_versions()}, indent=1) + "\n"
-    )
-    os.replace(temporary, output)
+    write_json(RESULTS / "gradient_noise.json", {**settings, "objectives": rows, **provenance()})
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -36,8 +34,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "training"), str(ROOT / "benchmarks")]
 from evaluate import adapter_environment  # noqa: E402
 from lookahead_reach import Lookahead  # noqa: E402
+from records import RESULTS, provenance, save_figure, write_json  # noqa: E402
 
-from diffusers_ctrl.adapters import load_adapter, package_versions, resolve_folder  # noqa: E402
+from diffusers_ctrl.adapters import load_adapter, resolve_folder  # noqa: E402
 from diffusers_ctrl.evaluation import draw_samples  # noqa: E402
 from diffusers_ctrl.objectives import direct_backprop  # noqa: E402
 from diffusers_ctrl.policy import Policy  # noqa: E402
@@ -193,10 +192,7 @@ def plot(variants: dict[str, dict], path: Path) -> None:
     axis.set(xlabel="seconds of training, one thread", ylabel="gap: log Z (base samples) − J (nats)", ylim=(0, None))
     axis.legend()
     figure.tight_layout()
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=130)
-    plt.close(figure)
-    os.replace(temporary, path)
+    save_figure(figure, path)
 
 
 def main() -> None:
@@ -215,23 +211,19 @@ def main() -> None:
     environment = replace(environment, gamma_range=None)
     lookahead = Lookahead(policy, environment, lambda images: adapter.classifier.log_probs(images)[0])
     log_z = lookahead.calibrate(1500, torch.Generator().manual_seed(args.seed))
-    output = ROOT / "benchmarks" / "results" / "lookahead_distill.json"
+    output = RESULTS / "lookahead_distill.json"
     results = json.loads(output.read_text()) if output.is_file() else {"variants": {}}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     for variant in args.variants:
         row = run(variant, policy, lookahead, log_z, args.seconds, args.seed)
         row |= {
             "seconds": args.seconds,
             "seed": args.seed,
             "log_partition": log_z,
-            "commit": commit,
-            "versions": package_versions(),
+            **provenance(),
         }
         results["variants"][variant] = row
         print(f"{variant:8} {row['updates']}  seconds, gap, error, accuracy, KL: {row['curve'][-1]}", flush=True)
-        temporary = output.with_suffix(".tmp")
-        temporary.write_text(json.dumps(results, indent=1) + "\n")
-        os.replace(temporary, output)
+        write_json(output, results)
         plot(results["variants"], output.with_suffix(".png"))
 
 

@@ -15,10 +15,7 @@ smoothest possible gradient. Writes results/lookahead_reach.json.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -32,8 +29,9 @@ from tqdm.auto import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "training")]
 from evaluate import adapter_environment  # noqa: E402
+from records import RESULTS, provenance, write_json  # noqa: E402
 
-from diffusers_ctrl.adapters import load_adapter, package_versions, resolve_folder  # noqa: E402
+from diffusers_ctrl.adapters import load_adapter, resolve_folder  # noqa: E402
 from diffusers_ctrl.policy import Policy  # noqa: E402
 from diffusers_ctrl.rollouts import Batch, Environment, Sampler, base_transition  # noqa: E402
 from digits_data import stroke_oracle, thresholds  # noqa: E402
@@ -173,13 +171,7 @@ def main() -> None:
                 f"accuracy {row['accuracy']:.3f}  {row['seconds']} s",
                 flush=True,
             )
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    output = ROOT / "benchmarks" / "results" / "lookahead_reach.json"
-    temporary = output.with_suffix(".tmp")
-    temporary.write_text(
-        json.dumps({**vars(args), "rows": rows, "commit": commit, "versions": package_versions()}, indent=1) + "\n"
-    )
-    os.replace(temporary, output)
+    write_json(RESULTS / "lookahead_reach.json", {**vars(args), "rows": rows, **provenance()})
 
 
 if __name__ == "__main__":

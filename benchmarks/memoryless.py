@@ -14,10 +14,7 @@ The difference of the two laws is measured here on a mixture of Gaussians whose 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -34,7 +31,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from diffusers_ctrl.adapters import package_versions  # noqa: E402
+from records import RESULTS, provenance, save_figure, write_json  # noqa: E402
+
 from diffusers_ctrl.rollouts import Sampler, start_noise  # noqa: E402
 from problems import cosine_scheduler  # noqa: E402
 
@@ -199,10 +197,7 @@ def plot(results: dict, path: Path) -> None:
     axes[0].set_ylabel("bias: optimum − exact posterior")
     axes[0].legend(fontsize=8, loc="center right")
     figure.tight_layout()
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=130)
-    plt.close(figure)
-    os.replace(temporary, path)
+    save_figure(figure, path)
 
 
 def main() -> None:
@@ -211,16 +206,14 @@ def main() -> None:
     parser.add_argument("--continuations", type=int, default=256, help="trajectories from each x_0")
     parser.add_argument("--steps", type=int, nargs="+", default=[20, 50], help="K, one curve each")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "memoryless.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "memoryless.json")
     args = parser.parse_args()
     mixture = three_modes()
     base, posterior = known_laws(mixture)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     results = {
         "note": "bias = law of x_K at the optimum of the control problem − p_pre(x) p(y|x) / Z of the same K-step base. left, right, top: "
         "probabilities of the modes; x1, x2: means. _se: one standard error, over starts. mixture, posterior: K = ∞, by quadrature.",
-        "commit": commit,
-        "versions": package_versions(),
+        **provenance(),
         "threads": torch.get_num_threads(),
         "seed": args.seed,
         "starts": args.starts,
@@ -244,10 +237,7 @@ def main() -> None:
                 f"{row['exact_se']['top']:.4f} (K = ∞: {posterior[2]:.4f})  {row['seconds']} s",
                 flush=True,
             )
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.output.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(temporary, args.output)
+    write_json(args.output, results)
     plot(results, args.output.with_suffix(".png"))
 
 

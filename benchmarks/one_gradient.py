@@ -16,10 +16,7 @@ Writes results/one_gradient.json.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +27,8 @@ from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from diffusers_ctrl.adapters import package_versions  # noqa: E402
+from records import RESULTS, provenance, write_json  # noqa: E402
+
 from diffusers_ctrl.experience import Baseline, collect  # noqa: E402
 from diffusers_ctrl.objectives import adjoint_matching, direct_backprop, policy_gradient  # noqa: E402
 from diffusers_ctrl.policy import Policy  # noqa: E402
@@ -181,12 +179,7 @@ def main() -> None:
                 f"largest z against finite differences {row['finite_difference_z']:.1f}",
                 flush=True,
             )
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    output = ROOT / "benchmarks" / "results" / "one_gradient.json"
-    temporary = output.with_suffix(".tmp")
-    record = {**vars(args), "rows": rows, "commit": commit, "versions": package_versions()}
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, output)
+    write_json(RESULTS / "one_gradient.json", {**vars(args), "rows": rows, **provenance()})
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ column an attribute and NaN where an attribute is not given.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -134,14 +135,13 @@ class LabelSpace:
             rows = [self.encode_one(label)] * num_prompts
         return torch.tensor(rows, dtype=torch.float32)
 
-    def values(self) -> list[dict[str, str]]:
-        """Every single named label of the categorical attributes, in order: [{"stroke": "thin"}, …]."""
-        return [
-            {name: value}
-            for name, attribute in self.attributes.items()
-            if isinstance(attribute, Categorical)
-            for value in attribute.names
-        ]
+    def example(self) -> str | float | dict[str, str | float]:
+        """A label that a call could be given: "bold", or {"stroke": "bold", "slant": 0.5}."""
+        found: dict[str, str | float] = {
+            name: a.names[-1] if isinstance(a, Categorical) else float(f"{(a.low + 3 * a.high) / 4:.3g}")
+            for name, a in self.attributes.items()
+        }
+        return found if len(found) > 1 else next(iter(found.values()))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready. Each attribute carries its column, because writers of JSON may sort the keys (diffusers' does)."""
@@ -169,3 +169,53 @@ class LabelSpace:
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"Attribute {name!r} of the label space cannot be read: {error}.") from error
         return cls(attributes)
+
+
+@dataclass(frozen=True)
+class LabelGrid:
+    """Finitely many labels that stand for a label space, to train on and to judge by.
+
+    labels: (M, A), NaN where an attribute is left free. spread: (M, A), half the width of the interval that a continuous attribute's
+    label stands for; 0 elsewhere. names: M strings, such as "bold", "bold, left" or "slant 0.4, bold".
+    """
+
+    labels: torch.Tensor
+    spread: torch.Tensor
+    names: tuple[str, ...]
+
+
+MAX_GRID = 4096
+
+
+def label_grid(space: LabelSpace, bins: int = 5, subsets: bool = True) -> LabelGrid:
+    """Every combination of the attributes' values; a continuous one is cut into `bins` equal intervals, its labels their centres.
+
+    Args:
+        subsets: also every combination of some of the attributes, the others free; those with fewer attributes come first.
+
+    Raises:
+        ValueError: if that makes more than 4,096 labels.
+    """
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, got {bins}.")
+    choices: list[list[tuple[float, float, str] | None]] = []
+    shared = [name for attribute in space.attributes.values() if isinstance(attribute, Categorical) for name in attribute.names]
+    for name, attribute in space.attributes.items():
+        if isinstance(attribute, Categorical):
+            titles = [value if shared.count(value) == 1 else f"{name} {value}" for value in attribute.names]
+            values: list[tuple[float, float, str] | None] = [(float(i), 0.0, title) for i, title in enumerate(titles)]
+        else:
+            half = (attribute.high - attribute.low) / (2 * bins)
+            centres = [(attribute.low * (2 * (bins - i) - 1) + attribute.high * (2 * i + 1)) / (2 * bins) for i in range(bins)]
+            values = [(centre, half, f"{name} {centre:.3g}") for centre in centres]
+        choices.append([*values, None] if subsets else values)
+    count = math.prod(map(len, choices)) - subsets
+    if count > MAX_GRID:
+        raise ValueError(f"This label space has {count} combinations, more than {MAX_GRID}: use fewer bins, or no subsets.")
+    rows = [row for row in itertools.product(*choices) if any(value is not None for value in row)]
+    rows.sort(key=lambda row: sum(value is not None for value in row))
+    return LabelGrid(
+        torch.tensor([[math.nan if value is None else value[0] for value in row] for row in rows]),
+        torch.tensor([[0.0 if value is None else value[1] for value in row] for row in rows]),
+        tuple(", ".join(value[2] for value in row if value is not None) for row in rows),
+    )

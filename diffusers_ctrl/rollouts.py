@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from .labels import LabelSpace
 from .policy import Policy
 from .transitions import Transition, transition
 
@@ -181,7 +182,9 @@ class Environment:
         sampler: the base law's scheduler and settings.
         shape: (C, H, W) of a state.
         reward: images, labels (B, A) -> (B,) log-likelihood in nats.
-        labels: (M, A), the labels that are drawn, uniformly.
+        labels: (M, A), the labels that are drawn, uniformly; NaN where an attribute is left free.
+        spread: (M, A), where continuous labels are drawn: uniformly within so much of the row's; None for no attribute that is.
+        space: what the columns of `labels` mean; evaluation takes them for class indices without it.
         gamma: exponent of the likelihood, of every batch but those of `draw` where there is a range.
         gamma_range: (low, high); `draw` then draws gamma log-uniformly from it, one for each trajectory.
         decode: states (B, C, *) -> images in [0, 1]; identity by default. Differentiable where the reward is.
@@ -198,6 +201,8 @@ class Environment:
     decode: Callable[[torch.Tensor], torch.Tensor] = field(default=lambda x: x)
     prompt_embeds: torch.Tensor | None = None
     null_embeds: torch.Tensor | None = None
+    spread: torch.Tensor | None = None
+    space: LabelSpace | None = None
 
     @property
     def num_prompts(self) -> int:
@@ -243,6 +248,9 @@ class Environment:
         rounds = [torch.randperm(pairs, generator=generator, device=device).cpu() for _ in range(-(-size // pairs))]
         index = torch.cat(rounds)[:size]
         batch = self.batch(index % len(self.labels), index // len(self.labels), generator)
+        if self.spread is not None:
+            place = 2 * torch.rand(batch.labels.shape, generator=generator, device=device).to(batch.labels) - 1
+            batch = replace(batch, labels=batch.labels + place * self.spread[batch.label_rows])
         if self.gamma_range is None:
             return batch
         low, high = self.gamma_range

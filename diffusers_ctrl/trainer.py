@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from .experience import Baseline, NonFiniteError, collect
+from .labels import label_grid
 from .objectives import OBJECTIVES
 from .policy import Policy
 from .rollouts import Batch, Environment, Sampler
@@ -54,6 +55,8 @@ class CTRLConfig:
     guidance_scale: float = _option(1.0, "Classifier-free guidance of the law that is tuned; 1 is none, at half the cost.")
     gamma: float = _option(1.0, "Exponent of p(y|x): 1 is Bayes' posterior. With a range, the one that a call without gamma= gets.")
     gamma_range: list[float] | None = _option(None, "LOW HIGH: train for all gamma in between (log-uniform), chosen at the call.")
+    label_bins: int = _option(5, "A continuous attribute is drawn from so many equal intervals alike, and judged at their centres.")
+    label_subsets: bool = _option(True, "With several attributes: also train for every subset of them, the others left free.")
     lora_rank: int = _option(16, "Rank of LoRA on each target.")
     lora_targets: list[str] = _option(["to_q", "to_k", "to_v", "to_out.0"], "Suffixes of the module names that get LoRA.")
     injection_site: str | None = _option(None, "Module path of the time embedding, where it is not found by itself.")
@@ -112,6 +115,7 @@ class CTRLConfig:
             "max_updates",
             "num_inference_steps",
             "lora_rank",
+            "label_bins",
             "ppo_epochs",
             "ppo_minibatches",
         ):
@@ -155,7 +159,7 @@ class CTRLTrainer:
         scheduler: the base's scheduler; with `config` it fixes the base law.
         reward: images in [0, 1], labels (B, A) -> (B,) nats.
         config: settings.
-        shape: (C, H, W) of a latent. labels: (M, A), the labels to learn; every name of the label space's attributes by default.
+        shape: (C, H, W) of a latent. labels: (M, A), the labels to learn; by default `label_grid` of the policy's label space.
         decode, prompt_embeds, null_embeds: see `Environment`.
         log_partition: estimate of the mean log Z in nats, for the gap shown in the progress bar.
         save_images: called with (update, policy) at every `sample_every`.
@@ -185,8 +189,10 @@ class CTRLTrainer:
         )
         device = self.accelerator.device
         self.policy = policy.to(device)
+        spread = None
         if labels is None:
-            labels = torch.stack([policy.label_space.encode(value)[0] for value in policy.label_space.values()])
+            grid = label_grid(policy.label_space, config.label_bins, config.label_subsets)
+            labels, spread = grid.labels, grid.spread.to(device) if grid.spread.any() else None
         self.environment = Environment(
             make_sampler(scheduler, config),
             tuple(shape),
@@ -197,6 +203,8 @@ class CTRLTrainer:
             decode or (lambda x: x),
             None if prompt_embeds is None else prompt_embeds.to(device),
             None if null_embeds is None else null_embeds.to(device),
+            spread,
+            policy.label_space,
         )
         self.coarse = self.environment
         if config.coarse_updates:

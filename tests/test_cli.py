@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import task as settings_of_a_run
 import torch
 import yaml
 from accelerate.state import AcceleratorState
@@ -13,7 +14,7 @@ from diffusers import PNDMScheduler, StableDiffusionPipeline
 from PIL import Image
 
 import train_ctrl
-from diffusers_ctrl import Categorical, CTRLPipeline, LabelSpace
+from diffusers_ctrl import Categorical, CTRLConfig, CTRLPipeline, LabelSpace
 from diffusers_ctrl.adapters import load_adapter
 from digits_data import PROMPTS
 
@@ -451,12 +452,12 @@ def test_bad_arguments(sd_folder, tmp_path):
 def test_a_config_that_is_none(tmp_path, text):
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(ValueError, match="bad.yaml"):
-        train_ctrl.parse_arguments(["--config", str(tmp_path / "bad.yaml")])
+        settings_of_a_run.parse_arguments(["--config", str(tmp_path / "bad.yaml")])
 
 
 def test_a_config_that_is_missing(tmp_path):
     with pytest.raises(ValueError, match="nowhere.yaml cannot be read"):
-        train_ctrl.parse_arguments(["--config", str(tmp_path / "nowhere.yaml")])
+        settings_of_a_run.parse_arguments(["--config", str(tmp_path / "nowhere.yaml")])
 
 
 # -- parsing --
@@ -464,14 +465,14 @@ def test_a_config_that_is_missing(tmp_path):
 
 def test_the_command_line_wins_over_the_file(tmp_path):
     config = write_config(tmp_path / "some.yaml", learning_rate=0.5, max_updates=7, prompts=["a", "b"], attribute="shade")
-    task, train = train_ctrl.parse_arguments(["--config", config, "--max_updates", "9", "--prompts", "c", "d e"])
+    task, train = settings_of_a_run.parse_arguments(["--config", config, "--max_updates", "9", "--prompts", "c", "d e"])
     assert (train.learning_rate, train.max_updates, task.prompts, task.attribute) == (0.5, 9, ["c", "d e"], "shade")
-    assert train.batch_size == train_ctrl.CTRLConfig().batch_size
+    assert train.batch_size == CTRLConfig().batch_size
 
 
 def test_numbers_as_yaml_reads_them(tmp_path):
     (tmp_path / "some.yaml").write_text("learning_rate: 1e-3\nmax_grad_norm: 1\nnum_labels: null\n")  # 1e-3 is text to YAML 1.1
-    task, train = train_ctrl.parse_arguments(["--config", str(tmp_path / "some.yaml")])
+    task, train = settings_of_a_run.parse_arguments(["--config", str(tmp_path / "some.yaml")])
     assert train.learning_rate == 0.001 and isinstance(train.learning_rate, float)
     assert train.max_grad_norm == 1 and task.num_labels is None
 
@@ -482,11 +483,11 @@ def test_numbers_as_yaml_reads_them(tmp_path):
 def test_values_of_the_wrong_type(tmp_path, values):
     config = write_config(tmp_path / "some.yaml", **values)
     with pytest.raises((ValueError, SystemExit)):
-        train_ctrl.parse_arguments(["--config", config])
+        settings_of_a_run.parse_arguments(["--config", config])
 
 
 def test_no_arguments_are_the_digits_recipe():
-    task, train = train_ctrl.parse_arguments([])
+    task, train = settings_of_a_run.parse_arguments([])
     assert (task.base, task.dataset, task.num_labels) == ("digits-base", "digits:stroke", 600)
     assert train.output_dir == "runs/digits-stroke"
     assert train.guidance_scale == 1 and train.gamma == 1 and train.eta == 1
@@ -495,7 +496,7 @@ def test_no_arguments_are_the_digits_recipe():
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_configs_parse(path):
-    task, train = train_ctrl.parse_arguments(["--config", str(path), "--seed", "3"])
+    task, train = settings_of_a_run.parse_arguments(["--config", str(path), "--seed", "3"])
     assert train.seed == 3 and task.prompts
     if path.stem.startswith("digits_"):
         assert task.attribute == path.stem.removeprefix("digits_").split("_")[0]
@@ -503,4 +504,4 @@ def test_the_configs_parse(path):
         assert task.base == "digits-base"
     for name in (task.oracle, task.prompt_oracle, task.scorer):
         if name is not None:
-            assert callable(train_ctrl.import_function(name))
+            assert callable(settings_of_a_run.import_function(name))

@@ -26,6 +26,7 @@ ORDER = (
     "objectives",
     "adapters",
     "pipelines",
+    "accuracy",
     "evaluation",
     "cards",
     "trainer",

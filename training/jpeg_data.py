@@ -1,6 +1,7 @@
 """JPEG compressibility, the paper's own first task: the size of an image as a JPEG of quality 95, in kilobytes, cut in classes.
 
-Thresholds (arXiv 2406.12120, 512x512 images): score = -kilobytes; class 0 below -110, 1 up to -85, 2 up to -60, 3 from -60.
+Thresholds (arXiv 2406.12120, 512x512 images; a kilobyte has 1,000 bytes): score = -kilobytes. Alone: class 0 below -110, 1 up to
+-85, 2 up to -60, 3 from -60. Together with the aesthetic score: class 0 below -70, 1 from -70.
 The embedded digits have three classes, cut at the terciles of the base's own samples (`python training/jpeg_data.py` measures them).
 """
 
@@ -15,6 +16,9 @@ from PIL import Image
 
 JPEG_CLASSES = ("largest", "large", "small", "smallest")
 THRESHOLDS = (-110.0, -85.0, -60.0)
+BINARY_CLASSES = ("low", "high")  # compressibility
+BINARY_THRESHOLDS = (-70.0,)
+PAPER_SIZE = 512  # pixels a side
 
 
 def jpeg_kilobytes(images: torch.Tensor) -> torch.Tensor:
@@ -28,9 +32,23 @@ def jpeg_kilobytes(images: torch.Tensor) -> torch.Tensor:
     return torch.tensor(sizes, dtype=torch.float64)
 
 
+def _classify(images: torch.Tensor, thresholds: tuple[float, ...]) -> torch.Tensor:
+    if tuple(images.shape[-2:]) != (PAPER_SIZE, PAPER_SIZE):
+        raise ValueError(
+            f"The compressibility classes are cut for {PAPER_SIZE}x{PAPER_SIZE} images, got {images.shape[-2]}x{images.shape[-1]}: "
+            "resize them, or write a labeller with thresholds of your own."
+        )
+    return torch.bucketize(-jpeg_kilobytes(images), torch.tensor(thresholds, dtype=torch.float64), right=True)
+
+
 def jpeg_class(images: torch.Tensor) -> torch.Tensor:
-    """Class 0 (largest file) to 3 (smallest) of each 512x512 image: (N, 3, H, W) in [0, 1] -> (N,) int64."""
-    return torch.bucketize(-jpeg_kilobytes(images), torch.tensor(THRESHOLDS, dtype=torch.float64), right=True)
+    """Class 0 (largest file) to 3 (smallest): (N, 3, 512, 512) in [0, 1] -> (N,) int64. Raises ValueError at another size."""
+    return _classify(images, THRESHOLDS)
+
+
+def jpeg_binary_class(images: torch.Tensor) -> torch.Tensor:
+    """Class 0 (over 70 kilobytes) or 1: (N, 3, 512, 512) in [0, 1] -> (N,) int64. Raises ValueError at another size."""
+    return _classify(images, BINARY_THRESHOLDS)
 
 
 DIGIT_CLASSES = ("small", "middle", "large")

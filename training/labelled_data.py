@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
+import math
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -14,18 +18,50 @@ import torch
 from PIL import Image
 
 
+MANIFEST = "manifest.json"  # beside the shards that sampled_data writes
+KINDS = ("categorical", "continuous")
+CHUNK = 64  # images that are in memory at full size at a time
+
+
 @dataclass(frozen=True)
 class LabelledImages:
-    """images: (N, 3, S, S) in [0, 1]. labels: (N,) int64 indices into `names`."""
+    """Images with the labels of one column, or of several.
+
+    images: (N, 3, S, S) in [0, 1], or what `transform` made of it.
+    labels: (N,) for one column, (N, A) for a list of A columns. Class indices into `names`, or numbers. int64 for one categorical
+        column in which every row has a label; float32 otherwise, with NaN where a row has none.
+    names: the classes of one column, () if it is continuous; for a list of columns one such tuple a column.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
-    names: tuple[str, ...]
+    names: tuple[str, ...] | tuple[tuple[str, ...], ...]
+
+
+def shard_paths(folder: str | os.PathLike, count: int) -> list[Path]:
+    """The parquet files of a dataset of `count` shards."""
+    return [Path(folder) / f"train-{i:05d}-of-{count:05d}.parquet" for i in range(count)]
 
 
 def open_dataset(name: str, split: str = "train") -> datasets.Dataset:
-    """Opens a dataset by path or Hub id. Raises ValueError if there is nothing that `datasets` can read."""
+    """Opens a dataset by path or Hub id.
+
+    Raises:
+        ValueError: if there is nothing that `datasets` can read, or a dataset that was not written to its end.
+    """
     path = Path(name)
+    if (path / MANIFEST).is_file():
+        try:
+            count = int(json.loads((path / MANIFEST).read_text())["shards"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path / MANIFEST} cannot be read ({error}): write the dataset again.") from error
+        shards = shard_paths(path, count)
+        if absent := [shard.name for shard in shards if not shard.is_file()]:
+            raise ValueError(
+                f"Dataset {name!r} is not complete: {len(absent)} of its {count} shards are missing, first {absent[0]}. Run what "
+                "wrote it again with the same settings: it goes on where it stopped."
+            )
+        return datasets.load_dataset("parquet", data_files=[str(shard) for shard in shards], split="train")
     try:
         if path.is_file() and path.suffix == ".parquet":
             return datasets.load_dataset("parquet", data_files=str(path), split="train")
@@ -42,11 +78,9 @@ def open_dataset(name: str, split: str = "train") -> datasets.Dataset:
         ) from error
 
 
-def _picture(cell: dict, row: int, size: int) -> np.ndarray:
-    """Decodes one image cell to (size, size, 3) uint8. Raises ValueError naming the image."""
-    where = f"row {row}" + (f" ({cell['path']})" if isinstance(cell, dict) and cell.get("path") else "")
+def read_picture(source: io.BytesIO | str | os.PathLike, where: str, size: int) -> np.ndarray:
+    """Decodes one image, centre-cropped to a square and resized: (size, size, 3) uint8. Raises ValueError naming `where`."""
     try:
-        source = io.BytesIO(cell["bytes"]) if cell.get("bytes") is not None else cell["path"]
         with Image.open(source) as picture:
             picture = picture.convert("RGB")
             if picture.size != (size, size):
@@ -58,58 +92,123 @@ def _picture(cell: dict, row: int, size: int) -> np.ndarray:
         raise ValueError(f"The image in {where} cannot be read: {error}.") from error
 
 
+def _decode_cell(cell: dict | None, row: int, size: int) -> np.ndarray:
+    where = f"row {row}" + (f" ({cell['path']})" if isinstance(cell, dict) and cell.get("path") else "")
+    if cell is None:
+        raise ValueError(f"The image in {where} cannot be read: the cell is empty.")
+    return read_picture(io.BytesIO(cell["bytes"]) if cell.get("bytes") is not None else cell["path"], where, size)
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _read_labels(
+    table: datasets.Dataset, dataset: str, column: str, kind: str, label_names: Sequence[str] | None, allow_missing: bool
+) -> tuple[list[float], tuple[str, ...]]:
+    """A column's labels as numbers, NaN where there is none, and its classes. Raises ValueError naming the row."""
+    feature, values = table.features[column], table[column][:]
+    is_class = kind == "categorical" and isinstance(feature, datasets.ClassLabel)
+    names: tuple[str, ...] = ()
+    if is_class:
+        values = [feature.names[v] if v is not None and 0 <= v < len(feature.names) else v for v in values]
+        names = tuple(label_names or feature.names)
+    elif kind == "categorical":
+        names = tuple(label_names or (str(value) for value in sorted({value for value in values if not _is_missing(value)})))
+    labels = []
+    for row, value in enumerate(values):
+        # -1 is how `datasets` writes "no label"
+        if allow_missing and (_is_missing(value) or (is_class and value == -1)):
+            labels.append(math.nan)
+        elif kind == "categorical":
+            if value is None or str(value) not in names:
+                raise ValueError(
+                    f"Row {row} of dataset {dataset!r} has label {value!r}, which is not one of {list(names)}, in column {column!r}."
+                )
+            labels.append(float(names.index(str(value))))
+        else:
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+                raise ValueError(
+                    f"Row {row} of dataset {dataset!r} has label {value!r}, which is not a finite number, in column {column!r}."
+                )
+            labels.append(float(value))
+    return labels, names
+
+
 def load_labelled_images(
     name: str,
     size: int,
     *,
     image_column: str = "image",
-    label_column: str = "label",
-    label_names: Sequence[str] | None = None,
+    label_column: str | Sequence[str] = "label",
+    label_names: Sequence[str] | Sequence[Sequence[str] | None] | None = None,
+    kind: str | Sequence[str] = "categorical",
+    allow_missing: bool = False,
     max_rows: int | None = None,
     skip_unreadable: bool = False,
+    transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> LabelledImages:
-    """Loads images and class labels.
+    """Loads images and labels.
 
     Args:
         size: images are centre-cropped to a square and resized to this many pixels a side.
-        label_names: the classes in order; the column's ClassLabel names (or its sorted values) by default.
+        label_column: a column, or a list of them: one an attribute.
+        label_names: the classes in order; the column's ClassLabel names (or its sorted values) by default. For a list of columns
+            one list (or None) a column.
+        kind: "categorical" or "continuous" (numbers); for a list of columns one for all, or one a column.
+        allow_missing: a row without a label (None, NaN, or -1 in a ClassLabel column) gives NaN instead of an error.
         skip_unreadable: leave out images that cannot be read, with a warning that names them, instead of stopping.
+        transform: images (n, 3, S, S) in [0, 1] -> (n, …), called on up to 64 of them at a time, so that large images need not be
+            in memory together: the autoencoder's round trip and the resizing to the classifier's size, for instance.
 
     Raises:
-        ValueError: for a missing column, a class that `label_names` lacks, or an unreadable image; the message names it.
+        ValueError: for a missing column, a class that `label_names` lacks, a label that is no number in a continuous column, or an
+            unreadable image; the message names it.
     """
+    several = not isinstance(label_column, str)
+    columns = list(label_column) if several else [label_column]
+    name_lists = list(label_names or [None] * len(columns)) if several else [label_names]
+    kinds = [kind] * len(columns) if isinstance(kind, str) else list(kind)
+    if not len(columns) == len(name_lists) == len(kinds) or not columns:
+        raise ValueError(
+            f"{len(columns)} label columns need as many label_names and kinds; got {len(name_lists)} and {len(kinds)} for {columns}."
+        )
+    if unknown := [k for k in kinds if k not in KINDS]:
+        raise ValueError(f"kind must be one of {list(KINDS)}, got {unknown[0]!r}.")
+
     table = open_dataset(name)
-    for column, argument in ((image_column, "--image_column"), (label_column, "--label_column")):
+    for column, argument in ((image_column, "--image_column"), *((column, "--label_column") for column in columns)):
         if column not in table.column_names:
             raise ValueError(f"Dataset {name!r} has no column {column!r}; it has {table.column_names}. Name it with {argument}.")
     if max_rows is not None:
         table = table.select(range(min(max_rows, len(table))))
-    feature = table.features[label_column]
-    values = table[label_column][:]
-    if isinstance(feature, datasets.ClassLabel):
-        # -1 is how `datasets` writes "no label"
-        values = [feature.names[v] if v is not None and 0 <= v < len(feature.names) else v for v in values]
-        own_names = tuple(feature.names)
-    else:
-        own_names = tuple(str(value) for value in sorted({value for value in values if value is not None}))
-    names = tuple(label_names or own_names)
-    for row, value in enumerate(values):
-        if value is None or str(value) not in names:
-            raise ValueError(f"Row {row} of dataset {name!r} has label {value!r}, which is not one of {list(names)}.")
+    read = [_read_labels(table, name, column, k, n, allow_missing) for column, k, n in zip(columns, kinds, name_lists, strict=True)]
+    labels, names = torch.tensor([column for column, _ in read], dtype=torch.float64).T, tuple(n for _, n in read)
+
+    images, kept, skipped, chunk = None, [], [], []
     cells = table.cast_column(image_column, datasets.Image(decode=False))[image_column]
-    pictures, labels, skipped = [], [], []
-    for row, (cell, value) in enumerate(zip(cells, values, strict=True)):
+    for row, cell in enumerate(cells):
         try:
-            pictures.append(_picture(cell, row, size))
+            chunk.append(_decode_cell(cell, row, size))
+            kept.append(row)
         except ValueError as error:
             if not skip_unreadable:
                 raise ValueError(f"Dataset {name!r}: {error} Pass --skip_unreadable true to leave such images out.") from error
             skipped.append(str(error))
-            continue
-        labels.append(names.index(str(value)))
+        if chunk and (len(chunk) == CHUNK or row == len(table) - 1):
+            part = torch.from_numpy(np.stack(chunk)).permute(0, 3, 1, 2).float() / 255
+            part = part if transform is None else transform(part)
+            if images is None:
+                images = torch.empty((len(table), *part.shape[1:]), dtype=part.dtype)
+            images[len(kept) - len(chunk) : len(kept)] = part
+            chunk = []
     if skipped:
         warnings.warn(f"Dataset {name!r}: {len(skipped)} images were skipped. {' '.join(skipped[:5])}", stacklevel=2)
-    if not pictures:
+    if images is None:
         raise ValueError(f"Dataset {name!r} has no readable image.")
-    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
-    return LabelledImages(images, torch.tensor(labels), names)
+    labels = labels[kept].float()
+    if not several:
+        labels, names = labels[:, 0], names[0]
+        if kinds[0] == "categorical" and not allow_missing:
+            labels = labels.long()
+    return LabelledImages(images[: len(kept)], labels, names)

@@ -70,7 +70,8 @@ def _load(
         written = folder / dataset.replace(":", "-").replace("/", "-")
         dataset = str(write_digits_dataset(written, dataset.split(":", 1)[1], task.num_labels, config.seed))
     elif dataset == "base-samples":
-        dataset, columns = str(folder), [attribute.name for attribute in attributes]
+        folder, columns = folder / dataset, [attribute.name for attribute in attributes]
+        dataset = str(folder)
         settings = {name: getattr(config, name) for name in ("num_inference_steps", "guidance_scale", "eta")}
         accepted = inspect.signature(pipe.__call__).parameters
         write_sampled_dataset(
@@ -78,7 +79,7 @@ def _load(
             pipe,
             task.prompts,
             {attribute.name: import_function(attribute.labeller) for attribute in attributes},
-            {attribute.name: attribute.names for attribute in attributes},
+            {attribute.name: attribute.names for attribute in attributes if attribute.names is not None},
             task.num_labels,
             seed=config.seed,
             **{name: value for name, value in settings.items() if name in accepted},

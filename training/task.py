@@ -25,6 +25,7 @@ from diffusers_ctrl.trainer import _option  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "digits_stroke.yaml"
+PER_ATTRIBUTE = ("dataset", "label_column", "labeller", "scorer", "oracle")
 NONE = "-"  # in a list with one entry an attribute: nothing for this one
 
 
@@ -119,7 +120,7 @@ class TaskConfig:
         if not count or len(set(self.attribute)) != count:
             raise ValueError(f"attribute must list one or more different names, got {self.attribute}.")
         columns: dict[str, list[Any]] = {}
-        for setting in ("dataset", "label_column", "labeller", "scorer", "oracle"):
+        for setting in PER_ATTRIBUTE:
             values = getattr(self, setting) or [NONE]
             if len(values) not in (1, count):
                 raise ValueError(
@@ -182,7 +183,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[TaskConfig, CTR
         if value is None and type(None) not in get_args(kind):
             raise ValueError(f"{config}: {key} must not be null.")
         wants_list = any(get_origin(part) is list for part in (kind, *get_args(kind)))
-        if wants_list and isinstance(value, (str, int, float)):
+        if key in ("attribute", *PER_ATTRIBUTE) and isinstance(value, str):
             value = [value]
         if value is not None and isinstance(value, (list, dict)) != wants_list:
             raise ValueError(f"{config}: {key} must be {kind}, got {value!r}.")

@@ -22,8 +22,9 @@ from transformers import HfArgumentParser
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from diffusers_ctrl import CTRLPipeline, Policy  # noqa: E402
 from diffusers_ctrl.adapters import Adapter, load_adapter, package_versions, resolve_folder, save_config  # noqa: E402
-from diffusers_ctrl.bases import decoder, encode_prompts, latent_shape  # noqa: E402
+from diffusers_ctrl.bases import decoder  # noqa: E402
 from diffusers_ctrl.cards import save_card  # noqa: E402
+from diffusers_ctrl.conditions import record_conditions  # noqa: E402
 from diffusers_ctrl.evaluation import confusion_matrix, draw_samples, evaluate, evaluate_gammas, gamma_grid  # noqa: E402
 from diffusers_ctrl.injection import load_lora_state_dict  # noqa: E402
 from diffusers_ctrl.rewards import classifier_reward  # noqa: E402
@@ -60,16 +61,16 @@ def adapter_environment(adapter: Adapter, task: TaskConfig) -> tuple[Policy, Env
         guidance_scale=settings["guidance_scale"],
     )
     space = adapter.label_encoder.label_space
-    embeds, null = encode_prompts(pipe, task.prompts)
+    pipe.scheduler, steps = pipe._labelled_scheduler(settings), settings["num_inference_steps"]
+    conditions = record_conditions(pipe, task.prompts, num_inference_steps=steps, guidance_scale=settings["guidance_scale"])
     environment = Environment(
-        Sampler(pipe._labelled_scheduler(settings), settings["num_inference_steps"], settings["options"]),
-        latent_shape(pipe),
+        Sampler(pipe.scheduler, steps, settings["options"], conditions.grid),
+        conditions.shape,
         import_function(task.scorer) or classifier_reward(adapter.classifier),
         torch.stack([space.encode(value)[0] for value in space.values()]),
         adapter.config.gamma,
         decode=decoder(pipe),
-        prompt_embeds=embeds,
-        null_embeds=null,
+        prompt_embeds=conditions,
     )
     return policy, environment
 

@@ -11,6 +11,8 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
+from diffusers_ctrl.replay import row_arguments
+
 
 def write_sampled_dataset(
     folder: str | os.PathLike,
@@ -30,15 +32,12 @@ def write_sampled_dataset(
         labeller: images (N, 3, H, W) in [0, 1] -> (N,) class indices into `names`.
         call_kwargs: passed to the pipeline's call (num_inference_steps, guidance_scale, eta, …).
     """
-    from inspect import signature
-
-    takes_prompt = "prompt" in signature(pipe.__call__).parameters
     pipe.set_progress_bar_config(disable=True)
     pictures, labels = [], []
     bar = tqdm(total=num_labels, desc="drawing a dataset", unit="image")
     while len(pictures) < num_labels:
         rows = range(len(pictures), min(len(pictures) + batch_size, num_labels))
-        start = {"prompt": [prompts[row % len(prompts)] for row in rows]} if takes_prompt else {"batch_size": len(rows)}
+        start = row_arguments(pipe, [prompts[row % len(prompts)] for row in rows])
         generator = torch.Generator().manual_seed(seed * 1_000_003 + rows.start)
         images = pipe(**start, generator=generator, output_type="pt", **call_kwargs).images.float().cpu()
         labels += labeller(images).tolist()

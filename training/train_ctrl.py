@@ -37,9 +37,10 @@ from diffusers_ctrl.adapters import (  # noqa: E402
     resolve_folder,
     save_adapter,
 )
-from diffusers_ctrl.bases import decoder, encode_prompts, latent_shape, round_trip  # noqa: E402
+from diffusers_ctrl.bases import decoder, round_trip  # noqa: E402
 from diffusers_ctrl.cards import save_card  # noqa: E402
 from diffusers_ctrl.classifiers import Classifier, fit_classifier  # noqa: E402
+from diffusers_ctrl.conditions import record_conditions  # noqa: E402
 from diffusers_ctrl.evaluation import (  # noqa: E402
     by_gamma,
     confusion_matrix,
@@ -204,7 +205,7 @@ def labelled_images(task: TaskConfig, config: CTRLConfig, pipe: DiffusionPipelin
             )
     return load_labelled_images(
         dataset,
-        task.resolution or latent_shape(pipe)[-1] * getattr(pipe, "vae_scale_factor", 1),
+        task.resolution or decoder(pipe).image_shape[-1],
         image_column=task.image_column,
         label_column=task.label_column,
         label_names=task.label_names,
@@ -283,8 +284,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     denoiser_name = "unet" if getattr(pipe, "unet", None) is not None else "transformer"
     denoiser = getattr(pipe, denoiser_name)
     fingerprint = denoiser_sha256(denoiser)
-    prompt_embeds, null_embeds = encode_prompts(pipe, task.prompts)
-    shape, decode = latent_shape(pipe), decoder(pipe)
+    conditions = record_conditions(
+        pipe, task.prompts, num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale
+    )
+    decode = decoder(pipe)
 
     # 2. p(y | x): a scorer that is given, or a calibrated classifier of labelled images seen through the base's autoencoder
     if task.scorer is not None:
@@ -323,10 +326,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         pipe.scheduler,
         reward,
         config,
-        shape=shape,
+        shape=conditions.shape,
         decode=decode,
-        prompt_embeds=prompt_embeds,
-        null_embeds=null_embeds,
+        prompt_embeds=conditions,
         save_images=save_images,
         accelerator=accelerator,
     )

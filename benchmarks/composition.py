@@ -26,10 +26,9 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "training"), str(ROOT / "benchmarks")]
-from records import RESULTS, provenance, save_figure, write_json  # noqa: E402
-
 from diffusers_ctrl import CTRLPipeline  # noqa: E402
 from digits_data import ATTRIBUTES, PROMPTS, digit_oracle, slant_oracle, stroke_oracle  # noqa: E402
+from records import RESULTS, provenance, save_figure, write_json  # noqa: E402
 
 
 Label = dict[str, str]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from .conditions import Condition
 from .labels import LabelSpace
 from .policy import Policy
 from .transitions import Transition, transition
@@ -30,6 +31,7 @@ class Sampler:
         scheduler: a diffusers scheduler with a Gaussian transition.
         num_inference_steps: K.
         options: keyword arguments of the transition, such as `eta` for DDIM.
+        grid: arguments of `set_timesteps`, where a pipeline sets them otherwise than by the number of steps alone.
 
     Raises:
         ValueError: if the scheduler has no Gaussian transition, or if every step is deterministic (eta = 0).
@@ -38,11 +40,12 @@ class Sampler:
     scheduler: Any
     num_inference_steps: int
     options: dict[str, Any] = field(default_factory=dict)
+    grid: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {self.num_inference_steps}.")
-        self.scheduler.set_timesteps(self.num_inference_steps)
+        self.scheduler.set_timesteps(**self.grid or {"num_inference_steps": self.num_inference_steps})
         probe = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
         noisy = []
         for t in self.timesteps:
@@ -75,14 +78,15 @@ class Sampler:
 class Batch:
     """What a trajectory starts from. Everything a rollout needs besides the random numbers of its steps.
 
-    noise: x_0, (B, C, *). labels: (B, A), NaN where not given. gamma: (B,). prompt_embeds, null_embeds: (B, L, D) or None.
+    noise: x_0, (B, C, *). labels: (B, A), NaN where not given. gamma: (B,). prompt_embeds, null_embeds: (B, L, D) or None; or the
+    first all that the pipeline gives its denoiser for each row, as a `Condition`.
     prompts, label_rows: index of each row's prompt and label among the environment's, (B,).
     """
 
     noise: torch.Tensor
     labels: torch.Tensor
     gamma: torch.Tensor
-    prompt_embeds: torch.Tensor | None = None
+    prompt_embeds: torch.Tensor | Condition | None = None
     null_embeds: torch.Tensor | None = None
     prompts: torch.Tensor | None = None
     label_rows: torch.Tensor | None = None
@@ -188,7 +192,7 @@ class Environment:
         gamma: exponent of the likelihood, of every batch but those of `draw` where there is a range.
         gamma_range: (low, high); `draw` then draws gamma log-uniformly from it, one for each trajectory.
         decode: states (B, C, *) -> images in [0, 1]; identity by default. Differentiable where the reward is.
-        prompt_embeds: (P, L, D), the prompts that are drawn, uniformly; None for an unconditional denoiser.
+        prompt_embeds: (P, L, D) or P rows of a `Condition`, the prompts that are drawn, uniformly; None for an unconditional denoiser.
         null_embeds: (1, L, D), for guidance.
     """
 
@@ -199,7 +203,7 @@ class Environment:
     gamma: float = 1.0
     gamma_range: tuple[float, float] | None = None
     decode: Callable[[torch.Tensor], torch.Tensor] = field(default=lambda x: x)
-    prompt_embeds: torch.Tensor | None = None
+    prompt_embeds: torch.Tensor | Condition | None = None
     null_embeds: torch.Tensor | None = None
     spread: torch.Tensor | None = None
     space: LabelSpace | None = None

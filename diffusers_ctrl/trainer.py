@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from .conditions import Condition
 from .experience import Baseline, NonFiniteError, collect
 from .labels import label_grid
 from .objectives import OBJECTIVES
@@ -136,8 +137,8 @@ class TrainingStopped(RuntimeError):
     """Training met a NaN or infinite number; the message says where, and where the last good checkpoint is."""
 
 
-def make_sampler(scheduler: Any, config: CTRLConfig) -> Sampler:
-    """The base law of a config. `eta` goes to schedulers whose step takes it.
+def make_sampler(scheduler: Any, config: CTRLConfig, grid: dict[str, Any] | None = None) -> Sampler:
+    """The base law of a config. `eta` goes to schedulers whose step takes it. grid: see `Sampler`.
 
     Raises:
         ValueError: if the scheduler has no Gaussian transition, or eta = 0.
@@ -148,7 +149,7 @@ def make_sampler(scheduler: Any, config: CTRLConfig) -> Sampler:
             f"eta = {config.eta} < 1 is not memoryless: the optimum is biased away from p(x|c) p(y|x)^gamma; eta = 1 is not.",
             stacklevel=2,
         )
-    return Sampler(scheduler, config.num_inference_steps, {"eta": config.eta} if takes_eta else {})
+    return Sampler(scheduler, config.num_inference_steps, {"eta": config.eta} if takes_eta else {}, grid or {})
 
 
 class CTRLTrainer:
@@ -175,7 +176,7 @@ class CTRLTrainer:
         shape: tuple[int, ...],
         labels: torch.Tensor | None = None,
         decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | Condition | None = None,
         null_embeds: torch.Tensor | None = None,
         log_partition: float | None = None,
         save_images: Callable[[int, Policy], None] | None = None,
@@ -191,10 +192,11 @@ class CTRLTrainer:
         self.policy = policy.to(device)
         spread = None
         if labels is None:
-            grid = label_grid(policy.label_space, config.label_bins, config.label_subsets)
-            labels, spread = grid.labels, grid.spread.to(device) if grid.spread.any() else None
+            choices = label_grid(policy.label_space, config.label_bins, config.label_subsets)
+            labels, spread = choices.labels, choices.spread.to(device) if choices.spread.any() else None
+        grid = prompt_embeds.grid if isinstance(prompt_embeds, Condition) else {}
         self.environment = Environment(
-            make_sampler(scheduler, config),
+            make_sampler(scheduler, config, grid),
             tuple(shape),
             reward,
             labels.to(device),
@@ -208,6 +210,11 @@ class CTRLTrainer:
         )
         self.coarse = self.environment
         if config.coarse_updates:
+            if set(grid) - {"num_inference_steps"}:
+                raise ValueError(
+                    f"coarse_updates cannot be had here: the pipeline sets {sorted(grid)} of its own for its number of steps, and no "
+                    "coarser grid follows from that."
+                )
             own = type(scheduler).from_config(scheduler.config)  # a scheduler holds one grid of timesteps
             coarse = Sampler(own, config.coarse_steps, self.environment.sampler.options)
             self.coarse = replace(self.environment, sampler=coarse)

@@ -6,13 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-import task as settings_of_a_run
 import torch
 import yaml
 from accelerate.state import AcceleratorState
 from diffusers import PNDMScheduler, StableDiffusionPipeline
 from PIL import Image
 
+import task as settings_of_a_run
 import train_ctrl
 from diffusers_ctrl import Categorical, Continuous, CTRLConfig, CTRLPipeline, LabelSpace
 from diffusers_ctrl.adapters import load_adapter

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
-from task import AttributeTask, TaskConfig, import_function
 
 from diffusers_ctrl import Categorical, CTRLConfig, LabelSpace
-from diffusers_ctrl.bases import latent_shape, round_trip
+from diffusers_ctrl.bases import decoder, round_trip
 from diffusers_ctrl.classifiers import Classifier, fit_classifier
 from diffusers_ctrl.rewards import attribute_rewards, classifier_reward
 from digits_data import write_digits_dataset
 from labelled_data import LabelledImages, load_labelled_images
 from sampled_data import write_sampled_dataset
+from task import AttributeTask, TaskConfig, import_function
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _load(
         )
     return load_labelled_images(
         dataset,
-        task.resolution or latent_shape(pipe)[-1] * getattr(pipe, "vae_scale_factor", 1),
+        task.resolution or decoder(pipe).image_shape[-1],
         image_column=task.image_column,
         label_column=columns,
         label_names=[attribute.names for attribute in attributes],

@@ -19,7 +19,6 @@ import reprlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +30,8 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 from tqdm.auto import tqdm
+
+from diffusers_ctrl.replay import row_arguments
 
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
@@ -214,7 +215,6 @@ def write_sampled_dataset(
     if not prompts:
         raise ValueError("prompts must not be empty.")
     features = _features(labellers, label_names, [] if prompt_column is None else [prompt_column])
-    takes_prompt = "prompt" in signature(pipe.__call__).parameters
     settings = {
         "source": "samples of the base",
         "num_images": num_images,
@@ -232,9 +232,8 @@ def write_sampled_dataset(
         for first in range(start, stop, batch_size):
             rows = range(first, min(first + batch_size, stop))
             texts = [prompts[row % len(prompts)] for row in rows]
-            inputs = {"prompt": texts} if takes_prompt else {"batch_size": len(rows)}
             generator = torch.Generator().manual_seed(seed * 1_000_003 + first)
-            images = np.asarray(pipe(**inputs, generator=generator, output_type="np", **call_kwargs).images)
+            images = np.asarray(pipe(**row_arguments(pipe, texts), generator=generator, output_type="np", **call_kwargs).images)
             if not np.isfinite(images).all():
                 raise ValueError(f"The base's samples {first} to {rows[-1]} are not finite; see its scheduler and its precision.")
             pixels = (images * 255).round().astype(np.uint8)
@@ -322,7 +321,7 @@ def label_image_folder(
 
 def main(arguments: list[str] | None = None) -> Path:
     """`label_image_folder` as a command."""
-    from train_ctrl import import_function
+    from task import import_function
 
     parser = argparse.ArgumentParser(description="Labels the images of a folder and writes them as a dataset.")
     parser.add_argument("folder", help="The images.")

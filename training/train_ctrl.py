@@ -21,10 +21,6 @@ from accelerate.utils import set_seed
 
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from likelihood import make_likelihood  # noqa: E402
-from report import plot_agreement, print_table, write_metrics  # noqa: E402
-from task import attribute_oracle, load_base, parse_arguments, prompt_judge  # noqa: E402
-
 from diffusers_ctrl import CTRLTrainer, Policy  # noqa: E402
 from diffusers_ctrl.adapters import (  # noqa: E402
     AdapterConfig,
@@ -33,11 +29,15 @@ from diffusers_ctrl.adapters import (  # noqa: E402
     package_versions,
     save_adapter,
 )
-from diffusers_ctrl.bases import decoder, encode_prompts, latent_shape  # noqa: E402
+from diffusers_ctrl.bases import decoder  # noqa: E402
 from diffusers_ctrl.cards import save_card  # noqa: E402
+from diffusers_ctrl.conditions import record_conditions  # noqa: E402
 from diffusers_ctrl.evaluation import base_scores, draw_samples, evaluate, evaluate_gammas, exact_law, gamma_grid  # noqa: E402
 from diffusers_ctrl.labels import label_grid  # noqa: E402
 from figures import plot_curves, plot_samples, sample_rows  # noqa: E402
+from likelihood import make_likelihood  # noqa: E402
+from report import plot_agreement, print_table, write_metrics  # noqa: E402
+from task import attribute_oracle, load_base, parse_arguments, prompt_judge  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -59,8 +59,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     denoiser_name = "unet" if getattr(pipe, "unet", None) is not None else "transformer"
     denoiser = getattr(pipe, denoiser_name)
     fingerprint = denoiser_sha256(denoiser)
-    prompt_embeds, null_embeds = encode_prompts(pipe, task.prompts)
-    shape, decode = latent_shape(pipe), decoder(pipe)
+    conditions = record_conditions(
+        pipe, task.prompts, num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale
+    )
+    decode = decoder(pipe)
 
     # 2. p(y | x): a scorer that is given, or a calibrated classifier of labelled images seen through the base's autoencoder
     likelihood = make_likelihood(task, config, pipe, output / "classifier", accelerator.device)
@@ -89,10 +91,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         pipe.scheduler,
         likelihood.reward,
         config,
-        shape=shape,
+        shape=conditions.shape,
         decode=decode,
-        prompt_embeds=prompt_embeds,
-        null_embeds=null_embeds,
+        prompt_embeds=conditions,
         save_images=save_images,
         accelerator=accelerator,
     )

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -137,7 +138,8 @@ def aesthetic_score(images: torch.Tensor) -> torch.Tensor:
         raise ValueError(
             "The aesthetic score needs the head's weights: set AESTHETIC_HEAD to their safetensors file (docs/paper_tasks.md)."
         )
-    device = PartialState().device if images.device.type == "cpu" else images.device
+    own = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device  # as Accelerator has it
+    device = own if images.device.type == "cpu" else images.device
     scorer = load_scorer(head, os.environ.get("AESTHETIC_CLIP") or DEFAULT_CLIP).to(device)
     tracked = torch.is_grad_enabled() and images.requires_grad
     with torch.autocast(device.type, enabled=False):

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -63,10 +64,12 @@ class AestheticScorer(nn.Module):
         if (height, width) != (size, size):
             scale = size / min(height, width)
             shape = (max(size, int(height * scale)), max(size, int(width * scale)))
-            images = F.interpolate(images.float(), size=shape, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+            images = F.interpolate(
+                images.to(self.mean.dtype), size=shape, mode="bicubic", antialias=True, align_corners=False
+            ).clamp(0, 1)
             top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
             images = images[..., top : top + size, left : left + size]
-        return (images.float() - self.mean) / self.std
+        return (images.to(self.mean.dtype) - self.mean) / self.std
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         embeds = self.clip(pixel_values=self.prepare(images)).image_embeds
@@ -110,8 +113,8 @@ def load_scorer(head: str, clip: str = DEFAULT_CLIP) -> AestheticScorer:
     """
     weights = load_head(head)
     try:
-        model, report = CLIPVisionModelWithProjection.from_pretrained(clip, output_loading_info=True)
-    except (OSError, ValueError, SafetensorError) as error:
+        model, report = CLIPVisionModelWithProjection.from_pretrained(clip, use_safetensors=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"The CLIP model {clip!r} cannot be loaded ({reason}); name it with AESTHETIC_CLIP.") from error
     if report["missing_keys"]:
@@ -135,7 +138,8 @@ def aesthetic_score(images: torch.Tensor) -> torch.Tensor:
         raise ValueError(
             "The aesthetic score needs the head's weights: set AESTHETIC_HEAD to their safetensors file (docs/paper_tasks.md)."
         )
-    device = PartialState().device if images.device.type == "cpu" else images.device
+    own = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device  # as Accelerator has it
+    device = own if images.device.type == "cpu" else images.device
     scorer = load_scorer(head, os.environ.get("AESTHETIC_CLIP") or DEFAULT_CLIP).to(device)
     tracked = torch.is_grad_enabled() and images.requires_grad
     with torch.autocast(device.type, enabled=False):

@@ -14,6 +14,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
@@ -61,7 +62,11 @@ def open_dataset(name: str, split: str = "train") -> datasets.Dataset:
                 f"Dataset {name!r} is not complete: {len(absent)} of its {count} shards are missing, first {absent[0]}. Run what "
                 "wrote it again with the same settings: it goes on where it stopped."
             )
-        return datasets.load_dataset("parquet", data_files=[str(shard) for shard in shards], split="train")
+        # `datasets` fails at a file without rows, which a shard is whose images were all unreadable
+        files = [str(shard) for shard in shards if pq.read_metadata(shard).num_rows]
+        if not files:
+            raise ValueError(f"Dataset {name!r} has no readable image.")
+        return datasets.load_dataset("parquet", data_files=files, split="train")
     try:
         if path.is_file() and path.suffix == ".parquet":
             return datasets.load_dataset("parquet", data_files=str(path), split="train")

@@ -28,6 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -92,7 +93,7 @@ def _write_shards(
     description: str,
 ) -> Path:
     """Writes the shards that are missing. `batches(start, stop)` gives the rows of those items in parts."""
-    folder, state = Path(folder), PartialState()
+    folder, state = Path(folder), PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # as Accelerator does
     paths = shard_paths(folder, -(-count // shard_size))
     _claim_folder(folder, settings, len(paths), state)
     bar = tqdm(total=count, desc=description, unit="image", disable=not state.is_main_process)

@@ -20,6 +20,7 @@ ORDER = (
     "rollouts",
     "particles",
     "bases",
+    "calibration",
     "classifiers",
     "rewards",
     "experience",

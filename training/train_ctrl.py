@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -234,8 +234,8 @@ def fit_or_load_classifier(
     print(report.lines(), flush=True)
     classifier.save_pretrained(folder)
     seconds = time.time() - started
-    report_path.write_text(json.dumps({"report": asdict(report), "seconds": seconds}, indent=2) + "\n")
-    return classifier, asdict(report), seconds
+    report_path.write_text(json.dumps({"report": report.metrics(), "seconds": seconds}, indent=2) + "\n")
+    return classifier, report.metrics(), seconds
 
 
 def print_table(metrics: dict[str, Any], names: list[str]) -> None:

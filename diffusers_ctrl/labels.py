@@ -18,11 +18,21 @@ import torch
 Label = str | int | float | Mapping[str, Any] | None
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 @dataclass(frozen=True)
 class Categorical:
-    """One of several names. `names` are unique, non-empty strings; the label is the index into them."""
+    """One of several names. `names` are unique, non-empty strings; the label is the index into them.
+
+    Where the classes are ranges of a number, `thresholds` are the len(names) - 1 increasing values between them, in `unit`: for the
+    reader of a card, since nothing is computed from them.
+    """
 
     names: tuple[str, ...]
+    thresholds: tuple[float, ...] | None = None
+    unit: str = ""
 
     def __post_init__(self) -> None:
         if isinstance(self.names, str):
@@ -31,13 +41,19 @@ class Categorical:
         object.__setattr__(self, "names", names)
         if len(names) < 2 or len(set(names)) != len(names) or not all(isinstance(n, str) and n for n in names):
             raise ValueError(f"A categorical attribute needs two or more different, non-empty names; got {list(names)}.")
+        if self.thresholds is not None:
+            if not isinstance(self.thresholds, (tuple, list)) or not all(_is_number(t) for t in self.thresholds):
+                raise ValueError(f"The thresholds of a categorical attribute must be finite numbers, got {self.thresholds!r}.")
+            thresholds = tuple(float(t) for t in self.thresholds)
+            object.__setattr__(self, "thresholds", thresholds)
+            if len(thresholds) != len(names) - 1 or any(a >= b for a, b in zip(thresholds, thresholds[1:], strict=False)):
+                raise ValueError(f"{len(names)} classes need {len(names) - 1} increasing thresholds, got {list(thresholds)}.")
 
     def encode(self, value: Any, attribute: str) -> float:
         """Name or index -> index. Raises ValueError naming the attribute and what is allowed."""
         if isinstance(value, str) and value in self.names:
             return float(self.names.index(value))
-        is_index = isinstance(value, (int, float)) and not isinstance(value, bool) and float(value).is_integer()
-        if is_index and 0 <= value < len(self.names):
+        if _is_number(value) and float(value).is_integer() and 0 <= value < len(self.names):
             return float(value)
         raise ValueError(
             f"Unknown label {value!r} for attribute {attribute!r}: use one of {list(self.names)} or an index from 0 to "
@@ -45,7 +61,11 @@ class Categorical:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        return {"type": "categorical", "names": list(self.names)}
+        """JSON-ready; thresholds and unit only where there are any."""
+        data: dict[str, Any] = {"type": "categorical", "names": list(self.names)}
+        if self.thresholds is not None:
+            data["thresholds"] = list(self.thresholds)
+        return {**data, "unit": self.unit} if self.unit else data
 
 
 @dataclass(frozen=True)
@@ -62,8 +82,7 @@ class Continuous:
 
     def encode(self, value: Any, attribute: str) -> float:
         """Number -> the same number as float. Raises ValueError outside [low, high]."""
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if is_number and self.low <= value <= self.high:
+        if _is_number(value) and self.low <= value <= self.high:
             return float(value)
         raise ValueError(
             f"Label {value!r} for attribute {attribute!r} is not allowed: use a number from {self.low} to {self.high}"
@@ -161,7 +180,7 @@ class LabelSpace:
             kind = spec.get("type") if isinstance(spec, Mapping) else None
             try:
                 if kind == "categorical":
-                    attributes[name] = Categorical(spec["names"])
+                    attributes[name] = Categorical(spec["names"], spec.get("thresholds"), str(spec.get("unit", "")))
                 elif kind == "continuous":
                     attributes[name] = Continuous(float(spec["low"]), float(spec["high"]), str(spec.get("unit", "")))
                 else:

@@ -22,6 +22,7 @@ ORDER = (
     "policy",
     "rollouts",
     "particles",
+    "calibration",
     "classifiers",
     "rewards",
     "experience",

@@ -6,7 +6,7 @@ import inspect
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,8 @@ def _load(
     folder = Path(config.output_dir) / "dataset"
     columns = [attribute.label_column for attribute in attributes]
     if dataset.startswith("digits:"):
-        written = folder / dataset.replace(":", "-").replace("/", "-")
-        dataset = str(write_digits_dataset(written, dataset.split(":", 1)[1], task.num_labels, config.seed))
+        spec = dataset.removeprefix("digits:")
+        dataset = str(write_digits_dataset(folder / spec.replace("/", "-of-"), spec, task.num_labels, config.seed))
     elif dataset == "base-samples":
         folder, columns = folder / dataset, [attribute.name for attribute in attributes]
         dataset = str(folder)
@@ -113,13 +113,14 @@ def fit_or_load_classifier(
         in_channels=images.shape[1],
         widths=tuple(task.classifier_widths),
         members=task.classifier_members,
+        coordinates=task.classifier_coordinates,
     )
     report = fit_classifier(classifier, images, labels, seed=seed, max_epochs=task.classifier_epochs)
     print(report.lines(), flush=True)
     classifier.save_pretrained(folder)
     seconds = time.time() - started
-    report_path.write_text(json.dumps({"report": asdict(report), "seconds": seconds}, indent=2) + "\n")
-    return classifier, asdict(report), seconds
+    report_path.write_text(json.dumps({"report": report.metrics(), "seconds": seconds}, indent=2) + "\n")
+    return classifier, report.metrics(), seconds
 
 
 def make_likelihood(

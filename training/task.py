@@ -83,6 +83,7 @@ class TaskConfig:
     classifier_members: int = _option(
         5, "Networks whose probabilities are averaged, each cross-fitted without a part of the labels."
     )
+    classifier_coordinates: bool = _option(True, "Whether the classifier sees where a pixel is, as slant or position need.")
     classifier_epochs: int = _option(80, "At most so many epochs; early stopping on labels that are held out.")
     oracle: list[str] | None = _option(None, "module:function, images -> true class or value; for evaluation only.")
     prompt_oracle: str | None = _option(None, "module:function, images, list of prompts -> bool; for evaluation only.")

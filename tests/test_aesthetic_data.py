@@ -4,10 +4,12 @@ import re
 import subprocess
 from collections import OrderedDict
 from pathlib import Path
+from pkgutil import resolve_name
 
 import datasets
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -281,3 +283,14 @@ def test_the_conversion_in_the_docs(tmp_path):
     head = load_head(converted)
     assert all(torch.equal(head[name], weight) for name, weight in random_head().items())
     assert load_file(converted).keys() == set(PUBLISHED_NAMES)
+
+
+def test_the_configuration_has_a_labeller_and_an_oracle_for_each_attribute():
+    path = Path(aesthetic_data.__file__).parent / "configs" / "sd15_compressibility_aesthetic.yaml"
+    recipe = yaml.safe_load(path.read_text())
+    assert recipe["attribute"] == ["compressibility", "aesthetic"]
+    names = [tuple(entry.split("|")) for entry in recipe["label_names"]]
+    assert names == [BINARY_CLASSES, AESTHETIC_CLASSES]
+    for setting in ("labeller", "oracle"):
+        assert [resolve_name(entry) for entry in recipe[setting]] == [jpeg_binary_class, aesthetic_class]
+    assert recipe["batch_size"] * recipe["gradient_accumulation_steps"] * 4 == 512  # the authors', on four GPUs

@@ -180,6 +180,135 @@ def test_images_of_any_shape_and_mode(tmp_path):
     assert colours_of(data)[3:] == ["blue", "red", "blue"]
 
 
+# -- numbers, several columns, rows without a label --
+
+COLUMNS = {
+    "colour": (["red", "green", None, "green", "red", "blue"], datasets.Value("string")),
+    "mood": ([0, 1, -1, 1, 0, 1], datasets.ClassLabel(names=["calm", "wild"])),
+    "weight": ([0.5, -1.25, 3.0, None, float("nan"), 2.0], datasets.Value("float32")),
+    "count": ([3, 1, 4, 1, 5, 9], datasets.Value("int64")),
+}
+NAN = float("nan")
+
+
+def write_columns(path, **columns):
+    features = datasets.Features(image=datasets.Image(), **{name: feature for name, (_, feature) in columns.items()})
+    values = {name: values for name, (values, _) in columns.items()}
+    table = datasets.Dataset.from_dict({"image": [picture(label) for label in LABELS], **values}, features=features)
+    table.to_parquet(path)
+    return path
+
+
+def assert_labels(labels, wanted):
+    assert labels.dtype == torch.float32
+    torch.testing.assert_close(labels, torch.tensor(wanted), equal_nan=True)
+
+
+def test_a_continuous_column(tmp_path):
+    path = write_columns(tmp_path / "some.parquet", **COLUMNS)
+    data = load(path, label_column="weight", kind="continuous", allow_missing=True)
+    assert_labels(data.labels, [0.5, -1.25, 3.0, NAN, NAN, 2.0])
+    assert data.names == () and colours_of(data) == LABELS
+    data = load(path, label_column="count", kind="continuous")
+    assert_labels(data.labels, [3.0, 1.0, 4.0, 1.0, 5.0, 9.0])
+
+
+def test_numbers_in_a_folder(tmp_path):
+    folder = write_folder(tmp_path / "images", [0.5, 1, None, 2.5, -3, 0])
+    assert_labels(load(folder, kind="continuous", allow_missing=True).labels, [0.5, 1.0, NAN, 2.5, -3.0, 0.0])
+
+
+def test_classes_with_rows_without_one(tmp_path):
+    path = write_columns(tmp_path / "some.parquet", **COLUMNS)
+    data = load(path, label_column="mood", allow_missing=True)
+    assert_labels(data.labels, [0.0, 1.0, NAN, 1.0, 0.0, 1.0])
+    assert data.names == ("calm", "wild")
+    data = load(path, label_column="colour", allow_missing=True)
+    assert_labels(data.labels, [2.0, 1.0, NAN, 1.0, 2.0, 0.0])
+    assert data.names == ("blue", "green", "red")
+
+
+def test_several_columns(tmp_path):
+    path = write_columns(tmp_path / "some.parquet", **COLUMNS)
+    data = load(
+        path,
+        label_column=["colour", "weight", "mood"],
+        label_names=[["red", "green", "blue"], None, None],
+        kind=["categorical", "continuous", "categorical"],
+        allow_missing=True,
+    )
+    colour, weight, mood = [0.0, 1.0, NAN, 1.0, 0.0, 2.0], [0.5, -1.25, 3.0, NAN, NAN, 2.0], [0.0, 1.0, NAN, 1.0, 0.0, 1.0]
+    assert_labels(data.labels, [list(row) for row in zip(colour, weight, mood, strict=True)])
+    assert data.names == (("red", "green", "blue"), (), ("calm", "wild"))
+
+
+def test_one_column_in_a_list(tmp_path):
+    data = load(write_columns(tmp_path / "some.parquet", **COLUMNS), label_column=["count"])
+    assert_labels(data.labels, [[1.0], [0.0], [2.0], [0.0], [3.0], [4.0]])
+    assert data.names == (("1", "3", "4", "5", "9"),)
+
+
+def test_labels_stay_with_their_images(tmp_path):
+    cells = [{"bytes": png_bytes(label), "path": None} for label in LABELS]
+    cells[1]["bytes"] = b""
+    features = datasets.Features(image=datasets.Image(), label=datasets.Value("float32"))
+    table = datasets.Dataset.from_dict({"image": cells, "label": [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]}, features=features)
+    table.to_parquet(tmp_path / "some.parquet")
+    with pytest.warns(UserWarning, match="row 1 "):
+        data = load_labelled_images(str(tmp_path / "some.parquet"), 8, kind="continuous", skip_unreadable=True)
+    assert_labels(data.labels, [0.0, 2.0, 3.0, 4.0, 5.0])
+    assert colours_of(data) == [label for i, label in enumerate(LABELS) if i != 1]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"label_column": "weight", "kind": "continuous"}, "Row 3 .* None, which is not a finite number, in column 'weight'"),
+        ({"label_column": "colour", "kind": "continuous"}, "Row 0 .* 'red', which is not a finite number, in column 'colour'"),
+        ({"label_column": ["count", "mood"]}, "Row 2 .* -1, which is not one of .*'calm', 'wild'.*in column 'mood'"),
+        ({"label_column": ["count", "size"]}, "no column 'size'.*--label_column"),
+        (
+            {"label_column": ["count", "mood"], "kind": ["continuous"]},
+            "2 label columns need as many label_names and kinds; got 2 and 1",
+        ),
+        ({"label_column": ["count"], "label_names": [["1"], ["2"]]}, "1 label columns need as many .* got 2 and 1"),
+        ({"label_column": []}, "0 label columns"),
+        ({"label_column": "count", "kind": "ordinal"}, "kind must be one of .* got 'ordinal'"),
+    ],
+)
+def test_labels_that_cannot_be_had(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        load(write_columns(tmp_path / "some.parquet", **COLUMNS), **options)
+
+
+def test_an_infinite_number(tmp_path):
+    column = ([0.5, 1.0, float("inf"), 2.0, 3.0, 4.0], datasets.Value("float32"))
+    path = write_columns(tmp_path / "some.parquet", weight=column)
+    with pytest.raises(ValueError, match="Row 2 .* inf, which is not a finite number"):
+        load(path, label_column="weight", kind="continuous", allow_missing=True)
+
+
+# -- many large images --
+
+
+def test_a_transform_sees_few_images_at_a_time(tmp_path):
+    levels = [(i * 37) % 256 for i in range(150)]
+    cells = [Image.new("RGB", (16, 16), (level,) * 3) for level in levels]
+    path = write_parquet(tmp_path / "some.parquet", labels=["red"] * 150, cells=cells)
+    seen = []
+
+    def halve(images):
+        assert images.dtype == torch.float32 and images.shape[1:] == (3, 32, 32) and images.max() <= 1
+        seen.append(len(images))
+        return torch.nn.functional.avg_pool2d(images, 4)
+
+    data = load(path, 32, transform=halve)
+    assert max(seen) <= 32 and sum(seen) == 150
+    assert data.images.shape == (150, 3, 8, 8)
+    assert torch.equal(data.images, torch.nn.functional.avg_pool2d(load(path, 32).images, 4))
+    torch.testing.assert_close(data.images[:, 0, 0, 0] * 255, torch.tensor(levels).float())
+
+
 # -- what cannot --
 
 

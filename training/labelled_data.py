@@ -21,7 +21,7 @@ from PIL import Image
 
 MANIFEST = "manifest.json"  # beside the shards that sampled_data writes
 KINDS = ("categorical", "continuous")
-CHUNK = 64  # images that are in memory at full size at a time
+CHUNK = 32  # images that are in memory at full size at a time
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def load_labelled_images(
         kind: "categorical" or "continuous" (numbers); for a list of columns one for all, or one a column.
         allow_missing: a row without a label (None, NaN, or -1 in a ClassLabel column) gives NaN instead of an error.
         skip_unreadable: leave out images that cannot be read, with a warning that names them, instead of stopping.
-        transform: images (n, 3, S, S) in [0, 1] -> (n, …), called on up to 64 of them at a time, so that large images need not be
+        transform: images (n, 3, S, S) in [0, 1] -> (n, …), called on up to 32 of them at a time, so that large images need not be
             in memory together: the autoencoder's round trip and the resizing to the classifier's size, for instance.
 
     Raises:
@@ -201,7 +201,7 @@ def load_labelled_images(
                 raise ValueError(f"Dataset {name!r}: {error} Pass --skip_unreadable true to leave such images out.") from error
             skipped.append(str(error))
         if chunk and (len(chunk) == CHUNK or row == len(table) - 1):
-            part = torch.from_numpy(np.stack(chunk)).permute(0, 3, 1, 2).float() / 255
+            part = torch.from_numpy(np.stack(chunk)).permute(0, 3, 1, 2).float().div_(255)
             part = part if transform is None else transform(part)
             if images is None:
                 images = torch.empty((len(table), *part.shape[1:]), dtype=part.dtype)

@@ -14,11 +14,11 @@ import torch
 from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
 
-from diffusers_ctrl import Categorical, CTRLConfig, LabelSpace
+from diffusers_ctrl import Categorical, Continuous, CTRLConfig, LabelSpace
 from diffusers_ctrl.bases import decoder, round_trip
 from diffusers_ctrl.classifiers import Classifier, fit_classifier
 from diffusers_ctrl.rewards import attribute_rewards, classifier_reward
-from digits_data import write_digits_dataset
+from digits_data import label_attribute, parse_part, write_digits_dataset
 from labelled_data import LabelledImages, load_labelled_images
 from sampled_data import write_sampled_dataset
 from task import AttributeTask, TaskConfig, import_function
@@ -54,10 +54,19 @@ def labelled_images(task: TaskConfig, config: CTRLConfig, pipe: DiffusionPipelin
         rows = torch.full((len(data.images), len(attributes)), torch.nan)
         for column, attribute in enumerate(own):
             rows[:, attributes.index(attribute)] = data.labels[:, column]
-        spaces |= data.space.attributes
+            spaces[attribute.name] = _meaning(attribute) or Categorical(data.names[column])
         parts.append((data.images, rows))
     images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
     return LabelSpace({attribute.name: spaces[attribute.name] for attribute in attributes}), images, labels
+
+
+def _meaning(attribute: AttributeTask) -> Categorical | Continuous | None:
+    """What the settings say of the attribute's labels; None where its dataset does."""
+    if attribute.interval is not None:
+        return attribute.interval
+    if attribute.dataset.startswith("digits:") and attribute.scorer is None:
+        return label_attribute(parse_part(attribute.dataset.removeprefix("digits:"))[0])
+    return None if attribute.names is None else Categorical(attribute.names)
 
 
 def _load(
@@ -90,7 +99,7 @@ def _load(
         image_column=task.image_column,
         label_column=columns,
         label_names=[attribute.names for attribute in attributes],
-        kind=["categorical" if attribute.interval is None else "continuous" for attribute in attributes],
+        kind=["continuous" if isinstance(_meaning(attribute), Continuous) else "categorical" for attribute in attributes],
         max_rows=task.num_labels,
         skip_unreadable=task.skip_unreadable,
         transform=lambda images: round_trip(pipe, images),
@@ -129,9 +138,7 @@ def make_likelihood(
     """p(y | x) of all attributes: scorers as they are, and one classifier of all the others, kept in `folder`."""
     attributes = task.attributes()
     scorers = {attribute.name: import_function(attribute.scorer) for attribute in attributes if attribute.scorer is not None}
-    given = {
-        attribute.name: attribute.interval or Categorical(attribute.names) for attribute in attributes if attribute.name in scorers
-    }
+    given = {attribute.name: _meaning(attribute) for attribute in attributes if attribute.name in scorers}
     classifier, report, seconds, num_labels = None, {}, 0.0, 0
     if len(scorers) < len(attributes):
         learned, images, labels = labelled_images(task, config, pipe)

@@ -71,7 +71,8 @@ class TaskConfig:
     scheduler: str | None = _option(None, "diffusers scheduler class to use instead of the base's own, such as DDIMScheduler.")
     dataset: str = _option(
         "digits:stroke",
-        "Labelled images: a folder, a parquet file, a Hub id, 'digits:ATTRIBUTE' for the embedded digits, or 'base-samples' for "
+        "Labelled images: a folder, a parquet file, a Hub id, 'digits:ATTRIBUTE' for the embedded digits "
+        "('digits:ATTRIBUTE@0/2': the first of two halves without a common digit), or 'base-samples' for "
         "the base's own samples, labelled by `labeller`.",
     )
     labeller: str | None = _option(None, "module:function, images -> class, for dataset base-samples.")
@@ -92,6 +93,7 @@ class TaskConfig:
     classifier_members: int = _option(
         5, "Networks whose probabilities are averaged, each cross-fitted without a part of the labels."
     )
+    classifier_coordinates: bool = _option(True, "Whether the classifier sees where in the picture a pixel is.")
     classifier_epochs: int = _option(80, "At most so many epochs; early stopping on labels that are held out.")
     oracle: str | None = _option(None, "module:function, images -> true class; for evaluation only.")
     prompt_oracle: str | None = _option(None, "module:function, images, list of prompts -> bool; for evaluation only.")
@@ -186,7 +188,7 @@ def labelled_images(task: TaskConfig, config: CTRLConfig, pipe: DiffusionPipelin
     """The task's dataset, written first where it is the embedded digits or the base's own samples."""
     dataset, folder = task.dataset, Path(config.output_dir) / "dataset"
     if dataset.startswith("digits:"):
-        dataset = str(write_digits_dataset(folder, dataset.split(":", 1)[1], task.num_labels or 1797, config.seed))
+        dataset = str(write_digits_dataset(folder, dataset.split(":", 1)[1], task.num_labels, config.seed))
     elif dataset == "base-samples":
         dataset = str(folder)
         if not (config.resume_from and (folder / "train.parquet").is_file()):
@@ -229,6 +231,7 @@ def fit_or_load_classifier(
         in_channels=images.shape[1],
         widths=tuple(task.classifier_widths),
         members=task.classifier_members,
+        coordinates=task.classifier_coordinates,
     )
     report = fit_classifier(classifier, images, labels.float().unsqueeze(1), seed=seed, max_epochs=task.classifier_epochs)
     print(report.lines(), flush=True)

@@ -180,11 +180,12 @@ class CalibrationReport:
         """JSON-ready, nested as the fields are."""
         return asdict(self)
 
-    def metrics(self) -> dict[str, float | int | str]:
-        """JSON-ready and flat: the figures of the only attribute under their own names, of several as `ATTRIBUTE.NAME`."""
+    def metrics(self) -> dict[str, float | int]:
+        """Numbers only, flat: the figures of the only attribute under their own names, of several as `ATTRIBUTE.NAME`."""
         flat = {"num_train": self.num_train, "num_validation": self.num_validation, "epochs": self.epochs}
         for name, found in self.attributes.items():
-            flat |= {key if len(self.attributes) == 1 else f"{name}.{key}": value for key, value in asdict(found).items()}
+            prefix = f"{name}." if len(self.attributes) > 1 else ""
+            flat |= {prefix + key: value for key, value in asdict(found).items() if key != "kind"}
         return flat
 
 

@@ -1,5 +1,6 @@
 """LabelEncoder: zero at the start, zero for "no label" for ever, a quadratic in log gamma, the same after save and load."""
 
+import itertools
 import math
 
 import pytest
@@ -110,6 +111,22 @@ def test_attributes_add_and_one_may_be_missing():
     both, slant, stroke = trained(torch.tensor([[1.5, 2.0], [1.5, NAN], [NAN, 2.0]]))
     assert_close(both, slant + stroke)
     assert slant.any() and stroke.any()
+
+
+@pytest.mark.parametrize("gamma_range", [None, GAMMA_RANGE])
+def test_any_subset_may_be_given_and_what_is_not_has_no_part_in_it(gamma_range):
+    """Every one of the 8 subsets of three attributes: the sum of those given, no gradient for the tables of the others."""
+    three = LabelSpace(slant=Continuous(-2.0, 6.0), stroke=Categorical(("thin", "bold")), size=Continuous(0.0, 1.0))
+    trained = encoder(three, gamma_range)
+    full = torch.tensor([1.5, 1.0, 0.25])
+    alone = [trained(torch.full((1, 3), NAN).index_fill(1, torch.tensor(i), full[i].item()), 2.0)[0] for i in range(3)]
+    for subset in itertools.product([False, True], repeat=3):
+        trained.zero_grad()
+        embedded = trained(torch.where(torch.tensor(subset), full, NAN)[None], 2.0)
+        assert_close(embedded[0], sum((alone[i] for i in range(3) if subset[i]), torch.zeros(WIDTH, dtype=torch.float64)))
+        assert embedded.any().item() == any(subset)
+        embedded.sum().backward()
+        assert [bool(table.grad.any()) for table in trained.tables] == list(subset)
 
 
 def test_the_embedding_is_a_quadratic_in_log_gamma():

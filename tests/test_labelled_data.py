@@ -1,6 +1,8 @@
 """Labelled images in: the digits as written by the recipes, image folders, parquet files; and what is said of bad ones."""
 
+import hashlib
 import io
+import itertools
 import json
 import struct
 import warnings
@@ -10,9 +12,21 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
-from digits_data import ATTRIBUTES, drawn_digits, oracle, write_digits_dataset
+from diffusers_ctrl.classifiers import _shift
+from digits_data import (
+    ATTRIBUTES,
+    drawn_digits,
+    label_attribute,
+    measure_slant,
+    measure_stroke,
+    oracle,
+    slant_value,
+    thresholds,
+    write_digits_dataset,
+)
 from labelled_data import load_labelled_images
 
 
@@ -66,7 +80,7 @@ def load(path, size=8, **kwargs):
 # -- what can be read --
 
 
-@pytest.mark.parametrize("attribute", ["stroke", "slant"])
+@pytest.mark.parametrize("attribute", ["stroke", "slant", "lean"])
 def test_digits(tmp_path, attribute):
     folder = write_digits_dataset(tmp_path / "digits", attribute, 120, seed=1)
     assert [path.name for path in folder.iterdir()] == ["train.parquet"]
@@ -97,6 +111,97 @@ def test_digits_that_cannot_be_had(tmp_path, attribute, num_labels, message):
     with pytest.raises(ValueError, match=message):
         write_digits_dataset(tmp_path / "digits", attribute, num_labels)
     assert not (tmp_path / "digits").exists()
+
+
+@pytest.mark.parametrize("specs", [("stroke@0/2", "slant@1/2"), ("stroke@0/3", "slant_value@1/3", "lean@2/3")])
+def test_parts_have_no_digit_in_common(tmp_path, specs):
+    """Two digits may be alike, so rows are compared by what the seed drew: all of the parts together are all of the digits, once each."""
+    pictures = []
+    for spec in specs:
+        folder = write_digits_dataset(tmp_path / spec.replace("/", "-"), spec, seed=4)
+        table = datasets.Dataset.from_parquet(str(folder / "train.parquet")).cast_column("image", datasets.Image(decode=False))
+        pictures.append([hashlib.sha256(cell["bytes"]).hexdigest() for cell in table["image"]])
+    together = [picture for part in pictures for picture in part]
+    whole = datasets.Dataset.from_parquet(str(write_digits_dataset(tmp_path / "whole", "stroke", seed=0) / "train.parquet"))
+    every = [hashlib.sha256(c["bytes"]).hexdigest() for c in whole.cast_column("image", datasets.Image(decode=False))["image"]]
+    assert sorted(together) == sorted(every) and len(together) == 1797
+    assert max(map(len, pictures)) - min(map(len, pictures)) <= 1
+    if len(every) == len(set(every)):
+        assert all(not set(a) & set(b) for a, b in itertools.combinations(pictures, 2))
+
+
+def test_a_part_of_one_is_the_whole_and_smaller_sets_are_its_first(tmp_path):
+    whole = load(write_digits_dataset(tmp_path / "a", "stroke", 50, seed=2), 32)
+    same = load(write_digits_dataset(tmp_path / "b", "stroke@0/1", 30, seed=2), 32)
+    assert torch.equal(whole.images[:30], same.images) and torch.equal(whole.labels[:30], same.labels)
+
+
+@pytest.mark.parametrize(
+    "spec", ["stroke@", "stroke@2/2", "stroke@0", "stroke@-1/2", "stroke@a/2", "stroke@0/0", "stroke@0/2/3", "@0/2"]
+)
+def test_parts_that_cannot_be_had(tmp_path, spec):
+    with pytest.raises(ValueError, match="stroke@0/2|Unknown digits attribute"):
+        write_digits_dataset(tmp_path / "digits", spec, 10)
+    with pytest.raises(ValueError, match="between 1 and 898"):
+        write_digits_dataset(tmp_path / "digits", "stroke@1/2", 899)
+    assert not (tmp_path / "digits").exists()
+
+
+@pytest.mark.parametrize("attribute", ["slant_value", "lean_value"])
+def test_a_measured_number_as_a_label(tmp_path, attribute):
+    table = datasets.Dataset.from_parquet(str(write_digits_dataset(tmp_path / "digits", attribute, seed=1) / "train.parquet"))
+    assert table.features["label"] == datasets.Value("float32")
+    values = torch.tensor(table["label"][:])
+    space = label_attribute(attribute)
+    assert (space.low, space.high) == (-2.5, 2.5) and "standard deviations" in space.unit
+    assert values.min() >= space.low and values.max() <= space.high
+    measured = oracle(attribute, drawn_digits()[0])
+    assert measured.mean().abs() < 1e-9 and measured.std(correction=0).item() == pytest.approx(1)
+    assert 0 < (measured.abs() > 2.5).sum() < 0.03 * 1797  # the labels are clipped, the oracle is not
+    order = np.random.default_rng(1).permutation(1797)
+    torch.testing.assert_close(values, measured[order].clamp(-2.5, 2.5).float())
+
+
+def test_a_sheared_digit_has_the_slant_it_was_given():
+    """x' = x + shear · (row above the middle): the moment is what it was, plus the shear; ink stays, and a shift changes nothing."""
+    images = drawn_digits()[0][:40]
+    shear = 0.2
+    grid = F.affine_grid(torch.tensor([[1.0, shear, 0.0], [0.0, 1.0, 0.0]]).expand(40, -1, -1), images.shape, align_corners=False)
+    sheared = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    real = measure_slant(drawn_digits()[0])
+    moved = (slant_value(sheared) - slant_value(images)) * real.std(correction=0)
+    assert (moved - shear).abs().max() < 0.03
+    torch.testing.assert_close(measure_stroke(sheared), measure_stroke(images), rtol=0, atol=5e-3)
+    shifted = torch.roll(F.pad(images, (4,) * 4, value=1.0), (2, -3), dims=(2, 3))
+    torch.testing.assert_close(measure_slant(shifted), measure_slant(images), rtol=0, atol=1e-9)
+
+
+def test_the_shifts_of_the_augmentation_keep_the_labels():
+    images = drawn_digits()[0][:200]
+    for seed in range(5):
+        shifted = _shift(images, torch.Generator().manual_seed(seed))
+        for attribute in ("stroke", "slant"):
+            assert (oracle(attribute, shifted) == oracle(attribute, images)).float().mean() > 0.98
+        assert (slant_value(shifted) - slant_value(images)).abs().max() < 0.2
+
+
+def test_lean_is_to_be_had_of_every_digit_and_slant_is_not():
+    images, target = drawn_digits()
+    digits = torch.from_numpy(target)
+    for attribute, borne in (("slant", False), ("lean", True)):
+        labels = oracle(attribute, images)
+        rarest = min((labels[digits == d] == c).float().mean().item() for d in range(10) for c in range(3))
+        assert rarest > 0.2 if borne else rarest < 0.01
+
+
+def test_what_a_label_space_says_of_the_digits():
+    stroke = label_attribute("stroke")
+    assert stroke.names == ATTRIBUTES["stroke"] and stroke.thresholds == thresholds("stroke") and stroke.unit
+    low, high = stroke.thresholds
+    ink = measure_stroke(drawn_digits()[0])
+    assert torch.equal(oracle("stroke", drawn_digits()[0]), (ink > low).long() + (ink > high).long())
+    with pytest.raises(ValueError, match="colour"):
+        label_attribute("colour")
 
 
 def test_image_folder(tmp_path):

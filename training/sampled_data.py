@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import signature
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -162,17 +163,17 @@ def _described(labellers: Mapping[str, Labeller], label_names: Mapping[str, Sequ
 
 
 def _base_settings(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """What the law of the base's samples depends on: pipeline, scheduler, and a digest of the denoiser's weights."""
-    from diffusers_ctrl.bases import denoiser_of
-
+    """What the law of the base's samples depends on: pipeline, scheduler, and a digest of the weights."""
     digest = hashlib.sha256()
-    for name, weight in sorted(denoiser_of(pipe)[1].state_dict().items()):
-        digest.update(name.encode())
-        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for name, component in sorted(pipe.components.items()):
+        if isinstance(component, torch.nn.Module) and name != "safety_checker":
+            for key, weight in sorted(component.state_dict().items()):
+                digest.update(f"{name}.{key}".encode())
+                digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     config = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
     return {
         "pipeline": type(pipe).__name__,
-        "denoiser_weights": digest.hexdigest(),
+        "weights": digest.hexdigest(),
         "scheduler": [type(pipe.scheduler).__name__, config],
     }
 
@@ -323,8 +324,6 @@ def label_image_folder(
 
 def main(arguments: list[str] | None = None) -> Path:
     """`label_image_folder` as a command."""
-    from train_ctrl import import_function
-
     parser = argparse.ArgumentParser(description="Labels the images of a folder and writes them as a dataset.")
     parser.add_argument("folder", help="The images.")
     parser.add_argument("out", help="Where the dataset goes.")
@@ -341,7 +340,10 @@ def main(arguments: list[str] | None = None) -> Path:
         if wrong := [value for value in values if not all(value.partition("="))]:
             raise ValueError(f"--{option} {wrong[0]!r} must be attribute=value.")
         pairs[option] = dict(value.split("=", 1) for value in values)
-    labellers = {attribute: import_function(path) for attribute, path in pairs["labeller"].items()}
+    try:
+        labellers = {attribute: resolve_name(path) for attribute, path in pairs["labeller"].items()}
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--labeller must name a module:function that can be imported: {error}.") from error
     names = {attribute: text.split("|") for attribute, text in pairs["names"].items()}
     out = label_image_folder(labellers=labellers, label_names=names, **options)
     print(f"Written to {out}/.")

@@ -20,14 +20,15 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "training")]
 from evaluate import adapter_environment  # noqa: E402
-from records import RESULTS, provenance, write_json  # noqa: E402
 
 from diffusers_ctrl.adapters import load_adapter, resolve_folder  # noqa: E402
 from diffusers_ctrl.evaluation import draw_samples  # noqa: E402
+from diffusers_ctrl.labels import label_grid  # noqa: E402
 from diffusers_ctrl.particles import effective_sample_size  # noqa: E402
 from diffusers_ctrl.rollouts import Environment  # noqa: E402
 from digits_data import digit_oracle, measure_stroke  # noqa: E402
-from train_ctrl import parse_arguments  # noqa: E402
+from records import RESULTS, provenance, write_json  # noqa: E402
+from task import parse_arguments  # noqa: E402
 
 
 DIGITS, DECILES = 10, 10
@@ -97,7 +98,7 @@ def main() -> None:
     task, _ = parse_arguments([])
     adapter = load_adapter(resolve_folder(args.adapter))
     policy, environment = adapter_environment(adapter, task)
-    names = [next(iter(value.values())) for value in adapter.label_encoder.label_space.values()]
+    names = label_grid(adapter.label_encoder.label_space).names
     base = base_pool(policy, environment, args.base_samples, args.seed)
     edges = base["ink"].quantile(torch.arange(1, DECILES, dtype=torch.float64) / DECILES)
     base_cells = base["digit"] * DECILES + torch.bucketize(base["ink"], edges)

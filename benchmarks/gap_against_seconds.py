@@ -22,15 +22,15 @@ from diffusers import DiffusionPipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "training")]
-from records import RESULTS, provenance, write_json  # noqa: E402
-
 from diffusers_ctrl import Categorical, Classifier, CTRLConfig, CTRLTrainer, LabelSpace, Policy  # noqa: E402
 from diffusers_ctrl.adapters import resolve_folder  # noqa: E402
-from diffusers_ctrl.bases import decoder, encode_prompts, latent_shape, round_trip  # noqa: E402
+from diffusers_ctrl.bases import decoder, round_trip  # noqa: E402
 from diffusers_ctrl.classifiers import fit_classifier  # noqa: E402
+from diffusers_ctrl.conditions import record_conditions  # noqa: E402
 from diffusers_ctrl.evaluation import draw_samples, evaluate  # noqa: E402
 from diffusers_ctrl.rewards import classifier_reward  # noqa: E402
 from digits_data import ATTRIBUTES, PROMPTS, drawn_digits, oracle  # noqa: E402
+from records import RESULTS, provenance, write_json  # noqa: E402
 
 
 def cached_classifier(base: str, attribute: str, num_labels: int, seed: int, folder: Path) -> Classifier:
@@ -68,16 +68,17 @@ def run_variant(spec: dict, settings: dict, seconds: float, eval_samples: int, b
         lora_targets=config.lora_targets,
         guidance_scale=config.guidance_scale,
     )
-    embeds, null = encode_prompts(pipe, PROMPTS)
+    conditions = record_conditions(
+        pipe, PROMPTS, num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale
+    )
     trainer = CTRLTrainer(
         policy,
         pipe.scheduler,
         classifier_reward(classifier),
         config,
-        shape=latent_shape(pipe),
+        shape=conditions.shape,
         decode=decoder(pipe),
-        prompt_embeds=embeds,
-        null_embeds=null,
+        prompt_embeds=conditions,
     )
     learning_rates, trainer.peaks = trainer.peaks, [0.0, 0.0]  # timed without moving
     share = settings.get("coarse_share", 0.0)

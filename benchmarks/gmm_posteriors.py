@@ -33,13 +33,13 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from gmm_problem import GMMDenoiser, GMMProblem, geometric_scheduler, gmm_problem  # noqa: E402
-from records import provenance, save_figure, write_json  # noqa: E402
 
 from diffusers_ctrl import Categorical, LabelSpace, Policy  # noqa: E402
 from diffusers_ctrl.evaluation import Samples, certificate, draw_samples  # noqa: E402
 from diffusers_ctrl.objectives import direct_backprop  # noqa: E402
 from diffusers_ctrl.particles import ParticlePool, effective_sample_size  # noqa: E402
 from diffusers_ctrl.rollouts import Environment, Sampler, rollout  # noqa: E402
+from records import provenance, save_figure, write_json  # noqa: E402
 
 
 OUTPUTS, PARTICLES = 1000, (32, 128)

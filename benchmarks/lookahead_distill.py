@@ -34,7 +34,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "training"), str(ROOT / "benchmarks")]
 from evaluate import adapter_environment  # noqa: E402
 from lookahead_reach import Lookahead  # noqa: E402
-from records import RESULTS, provenance, save_figure, write_json  # noqa: E402
 
 from diffusers_ctrl.adapters import load_adapter, resolve_folder  # noqa: E402
 from diffusers_ctrl.evaluation import draw_samples  # noqa: E402
@@ -42,7 +41,8 @@ from diffusers_ctrl.objectives import direct_backprop  # noqa: E402
 from diffusers_ctrl.policy import Policy  # noqa: E402
 from diffusers_ctrl.rollouts import Batch, Environment, Sampler  # noqa: E402
 from digits_data import stroke_oracle  # noqa: E402
-from train_ctrl import parse_arguments  # noqa: E402
+from records import RESULTS, provenance, save_figure, write_json  # noqa: E402
+from task import parse_arguments  # noqa: E402
 
 
 BATCH, REGRESSION_BATCH, REGRESSIONS, CAPACITY = 32, 128, 8, 200_000

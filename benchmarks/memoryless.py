@@ -31,10 +31,9 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from records import RESULTS, provenance, save_figure, write_json  # noqa: E402
-
 from diffusers_ctrl.rollouts import Sampler, start_noise  # noqa: E402
 from problems import cosine_scheduler  # noqa: E402
+from records import RESULTS, provenance, save_figure, write_json  # noqa: E402
 
 
 ETAS = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0)

@@ -27,13 +27,12 @@ from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from records import RESULTS, provenance, write_json  # noqa: E402
-
 from diffusers_ctrl.experience import Baseline, collect  # noqa: E402
 from diffusers_ctrl.objectives import adjoint_matching, direct_backprop, policy_gradient  # noqa: E402
 from diffusers_ctrl.policy import Policy  # noqa: E402
 from diffusers_ctrl.rollouts import Batch, Environment, rollout  # noqa: E402
 from problems import tiny_environment, tiny_policy  # noqa: E402
+from records import RESULTS, provenance, write_json  # noqa: E402
 
 
 DIRECTIONS = 8

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .adapters import AdapterConfig
 from .evaluation import by_gamma
-from .labels import Categorical, LabelSpace
+from .labels import Categorical, Continuous, LabelSpace
 
 
 def _number(metrics: dict[str, Any], name: str, digits: int = 3) -> str:
@@ -21,12 +21,48 @@ def _number(metrics: dict[str, Any], name: str, digits: int = 3) -> str:
     return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
 
 
-def card_text(config: AdapterConfig, *, prompts: Sequence[str], attribute: str) -> str:
+def _label_lines(space: LabelSpace) -> str:
+    """One line an attribute: what it may be."""
+    lines = []
+    for name, attribute in space.attributes.items():
+        if isinstance(attribute, Categorical):
+            lines.append(f"- `{name}`: {', '.join(f'`{n}`' for n in attribute.names)}")
+        else:
+            lines.append(
+                f"- `{name}`: a number from {attribute.low:g} to {attribute.high:g}{' ' * bool(attribute.unit)}{attribute.unit}"
+            )
+    return "\n".join(lines)
+
+
+def _part_rows(metrics: dict[str, Any]) -> str:
+    """A table of the attributes and of the sets of attributes that labels give, where there is more than one; else nothing."""
+    given = dict.fromkeys(key.split(".")[1] for key in metrics if key.startswith("by_given."))
+    if not given:
+        return ""
+    names = ("accuracy", "exact_accuracy", "kl", "gap", "gap_from_base")
+    rows = "".join(
+        f"\n| {name.replace('+', ' and ')} | " + " | ".join(_number(metrics, f"by_given.{name}.{key}") for key in names) + " |"
+        for name in given
+    )
+    return f"\nBy what the label gives:\n\n| given | accuracy | exact law's | KL | gap | gap to log Z from base samples |\n| --- | --- | --- | --- | --- | --- |{rows}\n"
+
+
+def _continuous_rows(metrics: dict[str, Any], space: LabelSpace) -> str:
+    """One line a continuous attribute: how what is asked for and what is measured agree."""
+    return "".join(
+        f"\n`{name}`: correlation of asked and measured {_number(metrics, f'by_attribute.{name}.correlation')} (exact law "
+        f"{_number(metrics, f'exact_by_attribute.{name}.correlation')}), mean error "
+        f"{_number(metrics, f'by_attribute.{name}.mean_error')} (exact law {_number(metrics, f'exact_by_attribute.{name}.mean_error')}).\n"
+        for name, attribute in space.attributes.items()
+        if isinstance(attribute, Continuous)
+    )
+
+
+def card_text(config: AdapterConfig, *, prompts: Sequence[str]) -> str:
     """The card's Markdown body."""
     metrics = config.metrics
-    values = LabelSpace.from_dict(config.label_space).attributes[attribute]
-    names = list(values.names) if isinstance(values, Categorical) else []
-    label = repr(names[-1]) if names else "0.5"
+    space = LabelSpace.from_dict(config.label_space)
+    title, label = " and ".join(space.attributes), repr(space.example())
     prompt = f"{prompts[-1]!r}, " if prompts and prompts[-1] else ""
     rows = "\n".join(
         f"| {title} | {_number(metrics, name)} | {_number(metrics, 'base_' + name)} | {_number(metrics, 'exact_' + name)} |"
@@ -56,10 +92,12 @@ def card_text(config: AdapterConfig, *, prompts: Sequence[str], attribute: str) 
             + "\n"
         )
     doubt = " The effective sample size is low: the gap is only a lower bound." if metrics.get("gap_is_lower_bound") else ""
-    return f"""# {attribute} for {config.base["id"]}
+    return f"""# {title} for {config.base["id"]}
 
 A label-conditioned adapter for `{config.pipeline_class}`, made with [diffusers_ctrl](https://arxiv.org/abs/2406.12120).
-It samples from p(x | prompt) · p({attribute} | x)^{config.gamma:g}. Labels: {", ".join(f"`{n}`" for n in names)}.
+It samples from p(x | prompt) · p({", ".join(space.attributes)} | x)^{config.gamma:g}. A label may give any of:
+
+{_label_lines(space)}
 
 ```python
 from diffusers_ctrl import CTRLPipeline
@@ -75,7 +113,7 @@ image = pipe({prompt}label={label}).images[0]
 | | tuned | base | exact law |
 | --- | --- | --- | --- |
 {rows}
-{at_gamma}
+{_continuous_rows(metrics, space)}{_part_rows(metrics)}{at_gamma}
 The gap bounds, from above, the KL divergence in nats between what this adapter samples and the exact conditional law.
 Measured with {config.sampler["num_inference_steps"]} steps of {config.sampler["scheduler"]} {config.sampler["options"]}, guidance scale
 {config.sampler["guidance_scale"]:g}; effective sample size {metrics.get("ess", float("nan")):.0f}.{doubt}
@@ -91,19 +129,20 @@ The label means what the classifier learned from those images; it is as good, an
 """
 
 
-def save_card(folder: str | os.PathLike, config: AdapterConfig, *, prompts: Sequence[str], attribute: str) -> Path:
+def save_card(folder: str | os.PathLike, config: AdapterConfig, *, prompts: Sequence[str]) -> Path:
     """Writes README.md into the adapter folder; returns its path."""
     metrics = config.metrics
+    title = " and ".join(LabelSpace.from_dict(config.label_space).attributes)
     results = [
         EvalResult(
             task_type="conditional-generation",
             dataset_type="samples",
-            dataset_name=f"{attribute} labels",
+            dataset_name=f"{title} labels",
             metric_type=name,
-            metric_name=title,
+            metric_name=metric,
             metric_value=round(metrics[name], 4),
         )
-        for name, title in (("gap", "gap to the exact conditional law (nats)"), ("accuracy", "label accuracy"))
+        for name, metric in (("gap", "gap to the exact conditional law (nats)"), ("accuracy", "label accuracy"))
         if metrics.get(name) is not None
     ]
     data = ModelCardData(
@@ -113,9 +152,9 @@ def save_card(folder: str | os.PathLike, config: AdapterConfig, *, prompts: Sequ
         tags=["diffusers_ctrl", "lora", "conditional-control", "reinforcement-learning"],
         license="apache-2.0",
         eval_results=results or None,
-        model_name=f"{attribute} for {config.base['id']}",
+        model_name=f"{title} for {config.base['id']}",
     )
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card_text(config, prompts=prompts, attribute=attribute)}")
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card_text(config, prompts=prompts)}")
     path = Path(folder) / "README.md"
     card.save(path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)

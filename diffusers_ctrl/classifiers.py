@@ -1,13 +1,12 @@
-"""A calibrated classifier p̂(y | x) of finished images: fit, temperature, log-probabilities.
+"""A calibrated p̂(y | x) of finished images: classes and numbers, fitted, calibrated on held-out data, differentiable.
 
 Calibration is not cosmetic here: the tuned model samples from p_pre(x) p̂(y | x)^gamma, so an over-confident p̂ is a wrong target,
-and its steep log p̂ is a hard one. Temperature scaling: Guo et al., arXiv 1706.04599.
+and its steep log p̂ is a hard one.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 from tqdm.auto import tqdm
 
+from .calibration import CalibrationReport, calibrations, log_likelihood, log_mean_softmax
 from .labels import Categorical, LabelSpace
 
 
@@ -34,17 +34,18 @@ class _Residual(nn.Module):
 
 
 class _Network(nn.Module):
-    """One residual CNN: prepared images (B, C, S, S) in [-1, 1] -> raw logits, one tensor (B, classes) an attribute."""
+    """One residual CNN: prepared images (B, C, S, S) in [-1, 1] -> raw outputs, one tensor (B, n) an attribute."""
 
-    def __init__(self, in_channels: int, widths: tuple[int, ...], classes: list[int]) -> None:
+    def __init__(self, in_channels: int, widths: tuple[int, ...], outputs: list[int], coordinates: bool) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.coordinates = coordinates
+        self.stem = nn.Conv2d(in_channels + 2 * coordinates, widths[0], 3, padding=1)
         self.stages = nn.ModuleList(_Residual(a, b) for a, b in zip(widths, (*widths[1:], widths[-1]), strict=True))
         # mean and mean square of each channel: global quantities such as the amount of ink survive the pooling exactly
-        self.heads = nn.ModuleList(nn.Linear(2 * widths[-1], n) for n in classes)
+        self.heads = nn.ModuleList(nn.Linear(2 * widths[-1], n) for n in outputs)
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
-        hidden = self.stem(images)
+        hidden = self.stem(_with_coordinates(images) if self.coordinates else images)
         for stage in self.stages:
             hidden = stage(hidden)
         hidden = F.silu(hidden)
@@ -52,15 +53,30 @@ class _Network(nn.Module):
         return [head(pooled) for head in self.heads]
 
 
+def _with_coordinates(images: torch.Tensor) -> torch.Tensor:
+    """(B, C, S, S) -> (B, C + 2, S, S): each pixel's x and y in [-1, 1] beside it (CoordConv, arXiv 1807.03247)."""
+    rows, columns = (torch.linspace(-1, 1, n, dtype=images.dtype, device=images.device) for n in images.shape[-2:])
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    return torch.cat([images, torch.stack([x, y]).expand(len(images), -1, -1, -1)], dim=1)
+
+
 class Classifier(ModelMixin, ConfigMixin):
-    """Small residual CNNs whose probabilities are averaged, one softmax head a categorical attribute, each with its temperature.
+    """Small residual CNNs whose probabilities are averaged, with a calibrated head an attribute.
+
+    A categorical attribute has a softmax, a continuous one a normal law whose mean and variance depend on the image; the members'
+    probabilities, or densities, are averaged, so that where members disagree about a number the law is wide and not wrong.
+
+    A density is not bounded by 1, and its log depends on the unit of y: in other units, every log p̂(y | x) is shifted by one constant.
+    log Z and J shift by gamma times it together, so that the gap, and what is learned, do not depend on the unit.
 
     Args:
-        label_space: `LabelSpace.to_dict()`; every attribute must be categorical.
+        label_space: `LabelSpace.to_dict()`.
         image_size: images are resized to this before the first layer.
         widths: channels of the stages, each of which halves the resolution.
         members: how many networks; each is fitted on its own share of the data (`fit_classifier`).
-        temperatures: one an attribute, set by `fit_classifier` or `calibrate`.
+        temperatures: one an attribute, set by `fit_classifier` or `calibrate`: logits are divided by it, variances multiplied.
+        coordinates: whether the networks see where a pixel is. Without it nothing before the pooling knows, and an attribute such as
+            slant, a moment of the picture, is hard to learn.
     """
 
     @register_to_config
@@ -72,18 +88,16 @@ class Classifier(ModelMixin, ConfigMixin):
         widths: tuple[int, ...] = (16, 32, 48),
         members: int = 1,
         temperatures: tuple[float, ...] | None = None,
+        coordinates: bool = False,
     ) -> None:
         super().__init__()
         self.label_space = LabelSpace.from_dict(label_space)
-        for name, attribute in self.label_space.attributes.items():
-            if not isinstance(attribute, Categorical):
-                raise ValueError(f"Classifier handles categorical attributes only; {name!r} is {type(attribute).__name__}.")
         if members < 1:
             raise ValueError(f"members must be at least 1, got {members}.")
         if temperatures is None:
             self.register_to_config(temperatures=(1.0,) * len(self.label_space))
-        classes = [len(a.names) for a in self.label_space.attributes.values()]
-        self.networks = nn.ModuleList(_Network(in_channels, tuple(widths), classes) for _ in range(members))
+        outputs = [len(a.names) if isinstance(a, Categorical) else 2 for a in self.label_space.attributes.values()]
+        self.networks = nn.ModuleList(_Network(in_channels, tuple(widths), outputs, coordinates) for _ in range(members))
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) images in [0, 1] as the networks take them: resized, in [-1, 1]."""
@@ -94,90 +108,31 @@ class Classifier(ModelMixin, ConfigMixin):
         return images * 2 - 1
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """(B, C, H, W) images in [0, 1] -> raw logits, one tensor (members, B, classes) an attribute, before temperature."""
+        """(B, C, H, W) images in [0, 1] -> raw outputs, one tensor (members, B, n) an attribute (see calibration.py)."""
         prepared = self.prepare(images)
-        return [torch.stack(logits) for logits in zip(*(member(prepared) for member in self.networks), strict=True)]
+        return [torch.stack(outputs) for outputs in zip(*(member(prepared) for member in self.networks), strict=True)]
 
     def log_probs(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Calibrated log p̂ of every class: one (B, classes) tensor an attribute, nats."""
-        return [_log_mean_softmax(z, t) for z, t in zip(self(images), self.config.temperatures, strict=True)]
+        """Calibrated log p̂ of every class: one (B, classes) tensor an attribute, nats. All attributes must be categorical."""
+        for name, attribute in self.label_space.attributes.items():
+            if not isinstance(attribute, Categorical):
+                raise ValueError(f"log_probs lists classes, and attribute {name!r} is a number: use log_prob(images, labels).")
+        return [log_mean_softmax(z, t) for z, t in zip(self(images), self.config.temperatures, strict=True)]
 
     def log_prob(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """log p̂(y | x), (B,) nats: summed over the attributes that are given (conditionally independent given x).
 
-        images: (B, C, H, W) in [0, 1]. labels: (B, A), NaN where not given.
+        images: (B, C, H, W) in [0, 1]. labels: (B, A), NaN where not given. A continuous attribute contributes a log-density in its
+        own unit.
         """
         total = torch.zeros(len(images), dtype=self.networks[0].stem.weight.dtype, device=images.device)
-        for column, log_probs in enumerate(self.log_probs(images)):
+        attributes = self.label_space.attributes.values()
+        for column, (attribute, outputs) in enumerate(zip(attributes, self(images), strict=True)):
             label = labels[:, column].to(images.device)
             given = ~label.isnan()
-            chosen = log_probs.gather(1, label.nan_to_num(0.0).long().unsqueeze(1)).squeeze(1)
+            chosen = log_likelihood(attribute, outputs, label.nan_to_num(0.0), self.config.temperatures[column])
             total = total + torch.where(given, chosen, torch.zeros_like(chosen))
         return total
-
-
-@dataclass(frozen=True)
-class CalibrationReport:
-    """Accuracy, negative log-likelihood (nats) and expected calibration error on held-out data, before and after temperature.
-
-    Of cross-fitted members these are the figures of single members, each on its own held-out part; their mean is a little better,
-    and a little less confident than the temperature makes a member.
-    """
-
-    accuracy: float
-    nll_before: float
-    nll_after: float
-    ece_before: float
-    ece_after: float
-    temperature: float
-    num_train: int
-    num_validation: int
-    epochs: int
-
-    def lines(self) -> str:
-        return (
-            f"classifier: accuracy {self.accuracy:.3f} on {self.num_validation} held-out labels ({self.num_train} for training, "
-            f"{self.epochs} epochs); NLL {self.nll_before:.3f} -> {self.nll_after:.3f} nats, ECE {self.ece_before:.3f} -> "
-            f"{self.ece_after:.3f} at temperature {self.temperature:.2f}"
-        )
-
-
-def expected_calibration_error(log_probs: torch.Tensor, labels: torch.Tensor, bins: int = 10) -> float:
-    """Mean |confidence − accuracy| over equal-width confidence bins, weighted by their size."""
-    confidence, predicted = log_probs.exp().max(dim=1)
-    correct = (predicted == labels).double()
-    index = (confidence * bins).long().clamp(max=bins - 1)
-    error = 0.0
-    for b in range(bins):
-        inside = index == b
-        if inside.any():
-            gap = confidence[inside].double().mean() - correct[inside].mean()
-            error += inside.double().mean().item() * abs(gap.item())
-    return error
-
-
-def _log_mean_softmax(logits: torch.Tensor, temperature: torch.Tensor | float) -> torch.Tensor:
-    """log of the members' mean probability: (members, B, classes) logits -> (B, classes) nats."""
-    return (logits / temperature).log_softmax(dim=-1).logsumexp(dim=0) - math.log(len(logits))
-
-
-def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """The temperature that minimises the NLL of `labels` (B,) under the members' mean softmax(logits / T).
-
-    logits: (members, B, classes), or (B, classes) for one.
-    """
-    logits = (logits if logits.ndim == 3 else logits.unsqueeze(0)).double()
-    log_t = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([log_t], lr=0.1, max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = F.nll_loss(_log_mean_softmax(logits, log_t.exp()), labels)
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return float(log_t.detach().clamp(-3, 3).exp())
 
 
 def _shift(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -199,52 +154,122 @@ def fit_classifier(
     batch_size: int = 64,
     learning_rate: float = 2e-3,
     weight_decay: float = 1e-2,
+    noise: float = 0.0,
     seed: int = 0,
     progress: bool = True,
 ) -> CalibrationReport:
-    """Cross-entropy with early stopping on held-out data, then one temperature an attribute on the held-out predictions.
+    """Maximum likelihood with early stopping on held-out data, then one temperature an attribute on the held-out predictions.
 
     One network holds out `validation_fraction`. Several are cross-fitted: member m learns without the m-th part of the data and
     stops early on it, so that every label serves the calibration with a prediction of a network that was not fitted to it. That
     temperature is far steadier than one of a single split, which a split where all is right drives to zero.
 
+    Datasets with different attributes are concatenated, with NaN for what is not known: each part holds its share of the images that
+    have the same attributes given, and an attribute's loss is averaged over the labels that it has.
+
     Args:
-        images: (N, C, H, W) in [0, 1], as the reward will see them (decoded). labels: (N, A) class indices, NaN where unknown.
+        images: (N, C, H, W) in [0, 1], as the reward will see them (decoded).
+        labels: (N, A) class indices and numbers, NaN where unknown. Images without any label are left out.
+        noise: standard deviation of the Gaussian noise that is added to the training images.
 
     Raises:
-        ValueError: if a training split lacks one of an attribute's classes.
+        ValueError: for labels of another shape, that are no class or outside the interval; if a training split lacks one of an
+            attribute's classes, or a held-out part an attribute.
     """
+    _check_labels(classifier.label_space, images, labels)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(images), generator=generator)
     count = len(classifier.networks)
-    held_out = max(1, int(round(validation_fraction * len(images))))
-    parts = [order[:held_out]] if count == 1 else list(order.tensor_split(count))
+    order, parts = _split(labels, count, validation_fraction, generator)
+    for validation in parts:
+        _check_split(classifier.label_space, labels[order[~torch.isin(order, validation)]], labels[validation])
     device = next(classifier.parameters()).device
     bar = tqdm(total=count * max_epochs, desc="classifier", unit="epoch", disable=not progress)
-    logits, epochs = [], 0
+    held, epochs = [], 0
     for network, validation in zip(classifier.networks, parts, strict=True):
         train = order[~torch.isin(order, validation)]
-        _check_classes(classifier.label_space, labels[train])
-        options = {"max_epochs": max_epochs, "patience": patience, "batch_size": batch_size, "bar": bar}
+        options = {"max_epochs": max_epochs, "patience": patience, "batch_size": batch_size, "noise": noise, "bar": bar}
         optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=weight_decay)
         epochs += _fit_network(classifier, network, optimizer, images, labels, train, validation, generator, **options)
-        with torch.no_grad():
-            chunks = [network(classifier.prepare(images[rows].to(device))) for rows in validation.split(256)]
-        logits.append([torch.cat(chunk).cpu() for chunk in zip(*chunks, strict=True)])
+        held.append(_outputs(lambda chunk, network=network: network(classifier.prepare(chunk.to(device))), images, validation))
     bar.close()
     classifier.eval().requires_grad_(False)
-    seen = torch.cat(parts)
-    held = [torch.cat(chunk).unsqueeze(0) for chunk in zip(*logits, strict=True)]
-    num_train = len(images) - len(parts[0])
-    return _set_temperatures(classifier, held, labels[seen], num_train=num_train, epochs=round(epochs / count))
+    outputs = [torch.cat(chunk).unsqueeze(0) for chunk in zip(*held, strict=True)]
+    found = calibrations(classifier.label_space, outputs, labels[torch.cat(parts)])
+    classifier.register_to_config(temperatures=tuple(row.temperature for row in found.values()))
+    num_train = len(order) - len(parts[0])
+    return CalibrationReport(found, num_train, num_validation=sum(map(len, parts)), epochs=round(epochs / count))
 
 
-def _check_classes(space: LabelSpace, labels: torch.Tensor) -> None:
+def calibrate(classifier: Classifier, images: torch.Tensor, labels: torch.Tensor) -> CalibrationReport:
+    """Sets the temperatures from data that no member has seen, and reports on the members' mean. Labels as in `fit_classifier`."""
+    _check_labels(classifier.label_space, images, labels)
+    device = next(classifier.parameters()).device
+    rows = torch.arange(len(images))
+    outputs = _outputs(lambda chunk: classifier(chunk.to(device)), images, rows, dim=1)
+    found = calibrations(classifier.label_space, outputs, labels)
+    classifier.register_to_config(temperatures=tuple(row.temperature for row in found.values()))
+    return CalibrationReport(found, num_train=0, num_validation=len(labels), epochs=0)
+
+
+@torch.no_grad()
+def _outputs(
+    call: Callable[[torch.Tensor], list[torch.Tensor]], images: torch.Tensor, rows: torch.Tensor, dim: int = 0
+) -> list[torch.Tensor]:
+    chunks = [call(images[chunk]) for chunk in rows.split(256)]
+    return [torch.cat(chunk, dim=dim).cpu() for chunk in zip(*chunks, strict=True)]
+
+
+def _split(
+    labels: torch.Tensor, count: int, validation_fraction: float, generator: torch.Generator
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """All rows with a label, shuffled, and those that each member holds out.
+
+    Rows with the same attributes given are dealt out by themselves: a random split could leave a member's held-out part, or what it
+    learns from, without an attribute that few images have.
+    """
+    order = torch.randperm(len(labels), generator=generator)
+    order = order[~labels[order].isnan().all(dim=1)]
+    _, group = labels[order].isnan().unique(dim=0, return_inverse=True)
+    groups = [order[group == g] for g in group.unique()]
+    if count == 1:
+        return order, [torch.cat([rows[: max(1, round(validation_fraction * len(rows)))] for rows in groups])]
+    parts: list[list[torch.Tensor]] = [[] for _ in range(count)]
+    for g, rows in enumerate(groups):
+        for m, part in enumerate(rows.tensor_split(count)):
+            parts[(m + g) % count].append(part)  # tensor_split gives the first parts more: not always to the same member
+    return order, [torch.cat(part) for part in parts]
+
+
+def _check_labels(space: LabelSpace, images: torch.Tensor, labels: torch.Tensor) -> None:
+    if labels.shape != (len(images), len(space)):
+        raise ValueError(
+            f"labels must be ({len(images)}, {len(space)}), one row an image and one column an attribute, got {tuple(labels.shape)}."
+        )
     for column, (name, attribute) in enumerate(space.attributes.items()):
-        present = set(labels[:, column][~labels[:, column].isnan()].long().tolist())
-        missing = [n for i, n in enumerate(attribute.names) if i not in present]
-        if missing:
-            raise ValueError(f"No training image has label {missing[0]!r} of attribute {name!r}: the classifier cannot learn it.")
+        given = labels[~labels[:, column].isnan(), column]
+        if isinstance(attribute, Categorical):
+            wrong = (given < 0) | (given >= len(attribute.names)) | (given != given.floor())
+            allowed = f"a class index from 0 to {len(attribute.names) - 1}"
+        else:
+            wrong = (given < attribute.low) | (given > attribute.high)
+            allowed = f"a number from {attribute.low} to {attribute.high}"
+        if wrong.any():
+            raise ValueError(f"Label {given[wrong][0].item():g} of attribute {name!r} is not allowed: use {allowed}, or NaN.")
+
+
+def _check_split(space: LabelSpace, train: torch.Tensor, held_out: torch.Tensor) -> None:
+    for column, (name, attribute) in enumerate(space.attributes.items()):
+        present = set(train[:, column][~train[:, column].isnan()].tolist())
+        if isinstance(attribute, Categorical):
+            missing = [n for i, n in enumerate(attribute.names) if i not in present]
+            if missing:
+                raise ValueError(
+                    f"No training image has label {missing[0]!r} of attribute {name!r}: the classifier cannot learn it."
+                )
+        elif len(present) < 2:
+            raise ValueError(f"Attribute {name!r} needs training images with different labels, got {sorted(present) or 'none'}.")
+        if held_out[:, column].isnan().all():
+            raise ValueError(f"Too few images have a label of attribute {name!r}: each of the members must hold out one or more.")
 
 
 def _fit_network(
@@ -260,35 +285,38 @@ def _fit_network(
     max_epochs: int,
     patience: int,
     batch_size: int,
+    noise: float,
     bar: tqdm,
 ) -> int:
     """Trains one member and leaves it as it was at its best on `validation`; returns the epochs it took."""
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max_epochs)
     device = next(network.parameters()).device
 
-    def loss_of(rows: torch.Tensor, augment: bool) -> torch.Tensor:
-        batch = images[rows].to(device)
-        batch = _shift(batch, generator) if augment else batch
-        total = torch.zeros((), device=device)
-        for column, logits in enumerate(network(classifier.prepare(batch))):
-            label = labels[rows, column].to(device)
-            given = ~label.isnan()
+    def nll(outputs: list[torch.Tensor], label: torch.Tensor) -> torch.Tensor:
+        """Summed over the attributes, each averaged over the rows where it is given."""
+        total = torch.zeros((), device=label.device)
+        for column, attribute in enumerate(classifier.label_space.attributes.values()):
+            given = ~label[:, column].isnan()
             if given.any():
-                total = total + F.cross_entropy(logits[given], label[given].long())
+                chosen = log_likelihood(attribute, outputs[column][None, given], label[given, column], 1.0)
+                total = total - chosen.mean()
         return total
 
     best, best_state, best_epoch, epochs = float("inf"), None, 0, 0
     for epoch in range(max_epochs):
         network.train()
         for rows in train[torch.randperm(len(train), generator=generator)].split(batch_size):
-            loss = loss_of(rows, augment=True)
+            batch = _shift(images[rows], generator)
+            if noise:
+                batch = batch + noise * torch.randn(batch.shape, generator=generator)
+            loss = nll(network(classifier.prepare(batch.to(device))), labels[rows].to(device))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
         schedule.step()
         network.eval()
-        with torch.no_grad():
-            held = sum(loss_of(rows, augment=False).item() * len(rows) for rows in validation.split(256)) / len(validation)
+        outputs = _outputs(lambda chunk: network(classifier.prepare(chunk.to(device))), images, validation)
+        held = nll(outputs, labels[validation]).item()
         bar.set_postfix(validation_nll=f"{held:.3f}", best=f"{min(best, held):.3f}", refresh=False)
         bar.update()
         epochs = epoch + 1
@@ -300,39 +328,3 @@ def _fit_network(
     bar.update(max_epochs - epochs)
     network.load_state_dict(best_state)
     return epochs
-
-
-@torch.no_grad()
-def calibrate(classifier: Classifier, images: torch.Tensor, labels: torch.Tensor) -> CalibrationReport:
-    """Sets the temperatures from data that no member has seen, and reports accuracy, NLL and ECE averaged over the attributes."""
-    device = next(classifier.parameters()).device
-    chunks = [classifier(chunk.to(device)) for chunk in images.split(256)]
-    logits = [torch.cat(chunk, dim=1).cpu() for chunk in zip(*chunks, strict=True)]
-    return _set_temperatures(classifier, logits, labels, num_train=0, epochs=0)
-
-
-def _set_temperatures(
-    classifier: Classifier, logits: list[torch.Tensor], labels: torch.Tensor, *, num_train: int, epochs: int
-) -> CalibrationReport:
-    """logits: (members, N, classes) an attribute, of data that was held out."""
-    rows, temperatures = [], []
-    for column, z in enumerate(logits):
-        given = ~labels[:, column].isnan()
-        z, label = z[:, given].double(), labels[given, column].long()
-        with torch.enable_grad():
-            temperature = fit_temperature(z, label)
-        temperatures.append(temperature)
-        before, after = _log_mean_softmax(z, 1.0), _log_mean_softmax(z, temperature)
-        rows.append(
-            (
-                (after.argmax(1) == label).double().mean().item(),
-                F.nll_loss(before, label).item(),
-                F.nll_loss(after, label).item(),
-                expected_calibration_error(before, label),
-                expected_calibration_error(after, label),
-                temperature,
-            )
-        )
-    classifier.register_to_config(temperatures=tuple(temperatures))
-    means = [sum(values) / len(values) for values in zip(*rows, strict=True)]
-    return CalibrationReport(*means, num_train=num_train, num_validation=len(labels), epochs=epochs)

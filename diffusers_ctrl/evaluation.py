@@ -9,20 +9,21 @@ at least the KL between the laws of the images. Every figure is a mean over the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
+from .accuracy import LabelOracle, agreement, hits, measure
 from .particles import effective_sample_size
 from .policy import Policy
 from .rollouts import Environment, rollout
 
 
 LOW_ESS = 10.0
-LabelOracle = Callable[[torch.Tensor], torch.Tensor]
 PromptOracle = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -185,67 +186,77 @@ def gamma_grid(gamma_range: tuple[float, float], count: int = 4) -> list[float]:
 
 
 @torch.no_grad()
-def exact_law(base: Samples, environment: Environment, oracle: LabelOracle | None) -> dict[str, float]:
+def base_scores(base: Samples, environment: Environment) -> torch.Tensor:
+    """log p̂ of every label at every base sample, (M, N) nats, float64: what `exact_law` reweights by, at any gamma."""
+    device = environment.labels.device
+    return torch.cat([environment.scores(chunk.to(device)) for chunk in base.images.split(256)]).T.double().cpu()
+
+
+def exact_law(
+    base: Samples,
+    environment: Environment,
+    oracle: LabelOracle | None = None,
+    *,
+    scores: torch.Tensor | None = None,
+    rows: list[int] | None = None,
+) -> dict[str, float]:
     """What the exact conditional law itself would score, from reweighted base samples; and log Z from base samples.
 
     Every base sample of a prompt serves all labels, with weight p̂(y | x)^gamma. `base_smallest_ess` is the least effective sample size
     of a (prompt, label) pair: under 10, this log Z is doubtful too.
+
+    Args:
+        scores: from `base_scores`, where they are at hand. rows: of `environment.labels`, all by default.
     """
-    labels, gamma = environment.labels, environment.gamma
-    scores = torch.cat([environment.scores(chunk.to(labels.device)) for chunk in base.images.split(256)]).T
-    scores = gamma * scores.double().cpu()
-    truth = None if oracle is None else oracle(base.images).cpu()
-    ess: list[float] = []
-    log_z, variance, confusion, accuracy_variance = [], 0.0, torch.zeros(len(labels), len(labels), dtype=torch.float64), 0.0
-    prompts = base.prompt_rows.unique()
+    scores = environment.gamma * (base_scores(base, environment) if scores is None else scores)
+    chosen = list(range(len(environment.labels))) if rows is None else rows
+    labels, prompts = environment.labels[chosen].cpu(), base.prompt_rows.unique()
+    pairs = len(prompts) * len(chosen)
+    found = None if oracle is None else measure(oracle, base.images, labels)
+    ess, log_z, variance, accuracy_variances, parts = [], [], 0.0, [], []
     for prompt in prompts:
-        rows = (base.prompt_rows == prompt).nonzero().flatten()
-        influence = torch.zeros(len(rows), dtype=torch.float64)
-        for y in range(len(labels)):
-            weights = (scores[y, rows] - scores[y, rows].max()).exp()
-            ess.append(effective_sample_size(scores[y, rows]).item())
-            log_z.append(scores[y, rows].logsumexp(0).item() - math.log(len(rows)) + 0.5 * (1 / ess[-1] - 1 / len(rows)))
+        own = (base.prompt_rows == prompt).nonzero().flatten()
+        influence = torch.zeros(len(own), dtype=torch.float64)
+        for label, score in zip(labels, scores[chosen][:, own], strict=True):
+            weights = (score - score.max()).exp()
+            ess.append(effective_sample_size(score).item())
+            log_z.append(score.logsumexp(0).item() - math.log(len(own)) + 0.5 * (1 / ess[-1] - 1 / len(own)))
             influence += weights / weights.mean() - 1
-            if truth is not None:
-                share = weights / weights.sum()
-                hit = (truth[rows] == y).double()
-                for answer in range(len(labels)):
-                    confusion[y, answer] += share[truth[rows] == answer].sum() / len(prompts)
-                accuracy_variance += (share * (hit - (share * hit).sum())).square().sum().item()
-        variance += influence.square().sum().item() / len(rows) ** 2
-    pairs = len(prompts) * len(labels)
+            if found is not None:
+                share, asked = weights / weights.sum(), label.expand(len(own), -1)
+                hit = hits(environment.space, asked, found[own])
+                if not hit.isnan().any():
+                    accuracy_variances.append((share * (hit - (share * hit).sum())).square().sum().item())
+                parts.append((asked, found[own], share / pairs))
+        variance += influence.square().sum().item() / len(own) ** 2
     out = {"base_log_partition": sum(log_z) / pairs, "base_log_partition_se": math.sqrt(variance) / pairs}
     out["base_smallest_ess"] = min(ess)
-    if truth is not None:
-        out["exact_accuracy"] = confusion.diag().mean().item()
-        out["exact_accuracy_se"] = math.sqrt(accuracy_variance) / pairs
-        out["exact_macro_f1"] = _macro_f1(confusion)
+    if found is not None:
+        law = agreement(environment.space, *(torch.cat(part) for part in zip(*parts, strict=True)))
+        out |= {f"exact_{name}": value for name, value in law.items()}
+        if accuracy_variances:
+            out["exact_accuracy_se"] = math.sqrt(sum(accuracy_variances)) / len(accuracy_variances)
     return out
 
 
-def _macro_f1(confusion: torch.Tensor) -> float:
-    """Macro-averaged F1 of a confusion matrix (asked, found), any non-negative weights."""
-    hits = confusion.diag()
-    return (2 * hits / (confusion.sum(0) + confusion.sum(1)).clamp_min(1e-12)).mean().item()
-
-
-def confusion_matrix(asked: torch.Tensor, found: torch.Tensor, classes: int) -> torch.Tensor:
-    """(classes, classes) counts: row = label asked for, column = the oracle's label."""
-    return torch.bincount(asked * classes + found, minlength=classes**2).view(classes, classes).double()
-
-
-def _scores(samples: Samples, classes: int, oracle: LabelOracle | None, prompt_oracle: PromptOracle | None) -> dict[str, float]:
+def _scores(
+    samples: Samples, environment: Environment, oracle: LabelOracle | None, prompt_oracle: PromptOracle | None
+) -> dict[str, float]:
     groups, out = _groups(samples), {}
     if oracle is not None:
-        found = oracle(samples.images).cpu()
-        out["accuracy"], out["accuracy_se"] = _mean_and_se((found == samples.label_rows).double(), groups)
-        out["macro_f1"] = _macro_f1(confusion_matrix(samples.label_rows, found, classes))
-        generator = torch.Generator().manual_seed(0)
-        draws = []
-        for _ in range(200):
+        asked = environment.labels.cpu()[samples.label_rows]
+        found = measure(oracle, samples.images, asked)
+        out |= agreement(environment.space, asked, found)
+        right = hits(environment.space, asked, found)
+        judged = [g for g in groups if not right[g].isnan().any()]
+        if judged:
+            out["accuracy"], out["accuracy_se"] = _mean_and_se(right, judged)
+        generator, draws = torch.Generator().manual_seed(0), {}
+        for _ in range(BOOTSTRAPS // 4):
             rows = torch.cat([g[torch.randint(len(g), (len(g),), generator=generator)] for g in groups])
-            draws.append(_macro_f1(confusion_matrix(samples.label_rows[rows], found[rows], classes)))
-        out["macro_f1_se"] = torch.tensor(draws).std().item()
+            for name, value in agreement(environment.space, asked[rows], found[rows]).items():
+                draws.setdefault(name, []).append(value)
+        out |= {f"{name}_se": torch.tensor(values).std().item() for name, values in draws.items() if f"{name}_se" not in out}
     if prompt_oracle is not None:
         obeyed = prompt_oracle(samples.images, samples.prompt_rows).double().cpu()
         out["prompt_accuracy"], out["prompt_accuracy_se"] = _mean_and_se(obeyed, groups)
@@ -253,47 +264,86 @@ def _scores(samples: Samples, classes: int, oracle: LabelOracle | None, prompt_o
     return out
 
 
+def _whole(samples: Samples, gamma: float, rows: torch.Tensor | None = None) -> dict[str, float]:
+    """The certificate's figures, flat."""
+    found = certificate(samples, gamma, rows)
+    names = ("objective", "log_partition", "gap")
+    out = {key: getattr(found, key) for name in names for key in (name, f"{name}_se")}
+    return out | {"ess": found.ess, "smallest_ess": found.smallest_ess, "gap_is_lower_bound": found.is_lower_bound}
+
+
+def _from_base(metrics: dict[str, Any]) -> dict[str, float]:
+    return {
+        "gap_from_base": metrics["base_log_partition"] - metrics["objective"],
+        "gap_from_base_se": math.hypot(metrics["base_log_partition_se"], metrics["objective_se"]),
+    }
+
+
+def select(samples: Samples, label_rows: list[int]) -> Samples:
+    """The samples of these labels only."""
+    keep = torch.isin(samples.label_rows, torch.tensor(label_rows))
+    return Samples(*(None if value is None else value[keep] for value in vars(samples).values()))
+
+
 def evaluate(
     tuned: Samples,
     base: Samples,
     environment: Environment,
-    label_names: list[str],
+    label_names: Sequence[str],
     *,
     oracle: LabelOracle | None = None,
     prompt_oracle: PromptOracle | None = None,
+    scores: torch.Tensor | None = None,
 ) -> dict[str, Any]:
     """All figures of metrics.json that samples can give.
 
     Args:
         tuned, base: from `draw_samples`, of the same environment.
         label_names: names of `environment.labels`' rows.
-        oracle: images -> true label row (N,), never seen in training. prompt_oracle: images, prompt rows -> (N,) bool.
+        oracle: images -> true attributes, see accuracy.py. prompt_oracle: images, prompt rows -> (N,) bool. Never seen in training.
+        scores: from `base_scores`, where they are at hand.
 
     Returns:
         A flat dict: NAME, NAME_se, base_NAME, exact_NAME, by_label.{label}.NAME, `gap_is_lower_bound`, and `gap_from_base`, the gap
-        to log Z as the base samples estimate it: the cross-check, and the one to trust where the other is a lower bound.
+        to log Z as the base samples estimate it: the cross-check, and the one to trust where the other is a lower bound. Where the
+        labels give different attributes, by_given.{attribute+attribute}.NAME has the same over the labels that give just these.
     """
-    classes, gamma = len(environment.labels), environment.gamma
-    out: dict[str, Any] = _scores(tuned, classes, oracle, prompt_oracle)
+    gamma = environment.gamma
+    scores = base_scores(base, environment) if scores is None else scores
+    out: dict[str, Any] = _scores(tuned, environment, oracle, prompt_oracle)
     out["kl"], out["kl_se"] = _mean_and_se(tuned.kl, _groups(tuned))
-    whole = certificate(tuned, gamma)
-    for name in ("objective", "log_partition", "gap"):
-        out[name], out[f"{name}_se"] = getattr(whole, name), getattr(whole, f"{name}_se")
-    out["ess"], out["smallest_ess"], out["gap_is_lower_bound"] = whole.ess, whole.smallest_ess, whole.is_lower_bound
-    out |= {f"base_{name}": value for name, value in _scores(base, classes, oracle, prompt_oracle).items()}
-    out |= exact_law(base, environment, oracle)
-    out["gap_from_base"] = out["base_log_partition"] - out["objective"]
-    out["gap_from_base_se"] = math.hypot(out["base_log_partition_se"], out["objective_se"])
-    found = None if oracle is None else oracle(tuned.images).cpu()
+    out |= _whole(tuned, gamma)
+    out |= {f"base_{name}": value for name, value in _scores(base, environment, oracle, prompt_oracle).items()}
+    out |= exact_law(base, environment, oracle, scores=scores)
+    out |= _from_base(out)
+    for given, rows in _by_given(environment).items():
+        part = select(tuned, rows)
+        found = _scores(part, environment, oracle, prompt_oracle) | _whole(part, gamma)
+        found["kl"], found["kl_se"] = _mean_and_se(part.kl, _groups(part))
+        found |= exact_law(base, environment, oracle, scores=scores, rows=rows)
+        out |= {f"by_given.{given}.{key}": value for key, value in (found | _from_base(found)).items()}
+    labels = environment.labels.cpu()
+    found = None if oracle is None else measure(oracle, tuned.images, labels)
     for row, name in enumerate(label_names):
         rows = (tuned.label_rows == row).nonzero().flatten()
         part = certificate(tuned, gamma, rows)
         values = {"kl": tuned.kl[rows].mean().item(), "log_likelihood": tuned.log_likelihood[rows].mean().item()}
         values |= {k: getattr(part, k) for k in ("objective", "log_partition", "gap", "gap_se", "ess")}
         if found is not None:
-            values["accuracy"] = (found[rows] == row).double().mean().item()
+            agreed = agreement(environment.space, labels[row].expand(len(rows), -1), found[rows])
+            values |= {key: value for key, value in agreed.items() if key == "accuracy" or key.endswith(".mean_error")}
         out |= {f"by_label.{name}.{key}": value for key, value in values.items()}
     return out
+
+
+def _by_given(environment: Environment) -> dict[str, list[int]]:
+    """Rows of the labels by the attributes that they give, where that differs: {"stroke": [0, 1, 2], "stroke+slant": [...]}."""
+    names = list(environment.space.attributes) if environment.space is not None else []
+    rows: dict[str, list[int]] = {}
+    for row, label in enumerate(environment.labels.tolist()):
+        given = "+".join(name for name, value in zip(names, label, strict=False) if not math.isnan(value))
+        rows.setdefault(given, []).append(row)
+    return rows if len(rows) > 1 else {}
 
 
 GAMMA_NAMES = ("accuracy", "prompt_accuracy", "kl", "objective", "log_partition", "gap", "gap_from_base", "ess", "exact_accuracy")
@@ -306,19 +356,23 @@ def evaluate_gammas(
     gammas: list[float],
     per_label: int,
     generator: torch.Generator | None,
-    label_names: list[str],
+    label_names: Sequence[str],
     *,
     oracle: LabelOracle | None = None,
     prompt_oracle: PromptOracle | None = None,
 ) -> dict[str, Any]:
     """by_gamma.{gamma}.NAME with its NAME_se: the certificate and the accuracies at each gamma, on `per_label` fresh samples each."""
     out: dict[str, Any] = {}
+    scores = base_scores(base, environment)
     for gamma in gammas:
         at = replace(environment, gamma=gamma)
         tuned = draw_samples(policy, at, per_label, generator, description=f"gamma {gamma:g}")
-        found = evaluate(tuned, base, at, label_names, oracle=oracle, prompt_oracle=prompt_oracle)
-        for name in GAMMA_NAMES:
+        found = evaluate(tuned, base, at, label_names, oracle=oracle, prompt_oracle=prompt_oracle, scores=scores)
+        given = [f"by_given.{name}." for name in _by_given(environment)]
+        attributes = [key for key in found if key.startswith(("by_attribute.", "exact_by_attribute."))]
+        for name in (prefix + name for prefix in ("", *given) for name in GAMMA_NAMES):
             out |= {f"by_gamma.{gamma:g}.{key}": found[key] for key in (name, f"{name}_se") if key in found}
+        out |= {f"by_gamma.{gamma:g}.{key}": found[key] for key in attributes}
     return out
 
 
@@ -327,6 +381,6 @@ def by_gamma(metrics: dict[str, Any]) -> dict[float, dict[str, float]]:
     rows: dict[float, dict[str, float]] = {}
     for key, value in metrics.items():
         if key.startswith("by_gamma."):
-            gamma, _, name = key.removeprefix("by_gamma.").rpartition(".")
+            gamma, name = re.match(r"by_gamma\.(.+?)\.([a-z_].*)", key).groups()  # both may have dots; a name starts with a letter
             rows.setdefault(float(gamma), {})[name] = value
     return dict(sorted(rows.items()))

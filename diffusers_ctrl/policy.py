@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,9 +11,11 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from .conditions import Condition
 from .injection import DEFAULT_TARGETS, add_label_hook, add_lora, find_injection_site, lora_disabled, lora_layers, site_width
 from .label_encoder import LabelEncoder
 from .labels import LabelSpace
+from .replay import first
 
 
 class Policy(nn.Module):
@@ -30,7 +32,8 @@ class Policy(nn.Module):
         injection_site: module path of the time embedding, where it has an unusual name.
         guidance_scale: classifier-free guidance; 1 means none (and half the cost).
         checkpointing: recompute each denoiser call during backward instead of keeping its activations. A whole call is
-            recomputed, with the label and the LoRA as they were for it, which the denoiser's own block checkpointing cannot know.
+            recomputed. The denoiser's own `enable_gradient_checkpointing()` works too, beside this or alone: its blocks are then
+            recomputed with the label and the LoRA as they were.
     """
 
     def __init__(
@@ -73,14 +76,19 @@ class Policy(nn.Module):
         timestep: torch.Tensor | int,
         labels: torch.Tensor,
         gamma: torch.Tensor | float | None = None,
-        prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | Condition | None = None,
         null_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The tuned model's guided output at (x_k, t_k): (B, C, *).
 
         Args:
             sample: x_k, (B, C, *). timestep: t_k, one for the batch. labels: (B, A), NaN where not given. gamma: (B,) or float.
-            prompt_embeds, null_embeds: (B, L, D), or None for an unconditional denoiser.
+            prompt_embeds: (B, L, D), given to the denoiser as `encoder_hidden_states`; or all that the pipeline gives it, as
+                `record_conditions` found it; or None for an unconditional denoiser. null_embeds: (B, L, D), for guidance with the first.
+
+        Raises:
+            ValueError: for a number of labels that is not the batch's, guidance without null_embeds, or conditions that were
+                recorded with another guidance_scale than the policy's.
         """
         if len(labels) != len(sample):
             raise ValueError(f"Got {len(labels)} labels for {len(sample)} samples: one a sample is needed.")
@@ -91,26 +99,53 @@ class Policy(nn.Module):
         self,
         sample: torch.Tensor,
         timestep: torch.Tensor | int,
-        prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | Condition | None = None,
         null_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The pre-trained model's guided output, bit for bit; gradients flow to `sample` only."""
         return self._call(self._base, sample, timestep, prompt_embeds, null_embeds)
 
     def _call(self, function, *args) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            for module in self._checkpointed_modules():
+                module._gradient_checkpointing_func = self._checkpointed_block
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
         return function(*args)
 
+    def _checkpointed_modules(self) -> list[nn.Module]:
+        return [module for module in self.denoiser.modules() if getattr(module, "gradient_checkpointing", False)]
+
+    def _checkpointed_block(self, block, *args) -> torch.Tensor:
+        """torch's checkpoint of one block, recomputed with the label and the LoRA's bypass of its forward.
+
+        Without that a block of the reference would be differentiated with the LoRA on, and one that embeds the time itself (DiT's)
+        without its label.
+        """
+        embedding, bypassed = self._hook.embedding, [layer for layer in self._lora if layer._disable_adapters]
+
+        @contextmanager
+        def as_it_was() -> Iterator[None]:
+            before, self._hook.embedding = self._hook.embedding, embedding
+            try:
+                with lora_disabled(bypassed):
+                    yield
+            finally:
+                self._hook.embedding = before
+
+        return checkpoint(
+            block.__call__,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), as_it_was()),
+        )
+
     def _tuned(self, sample, timestep, prompt_embeds, null_embeds, embedding) -> torch.Tensor:
-        self._hook.embedding = embedding
-        try:
-            if self._merged is None:
-                return self._guided(sample, timestep, prompt_embeds, null_embeds)
-            with lora_disabled(self._lora):
-                return self._guided(sample, timestep, prompt_embeds, null_embeds, self._merged)
-        finally:
-            self._hook.embedding = None
+        if self._merged is None:
+            return self._guided(sample, timestep, prompt_embeds, null_embeds, embedding)
+        with lora_disabled(self._lora):
+            return self._guided(sample, timestep, prompt_embeds, null_embeds, embedding, self._merged)
 
     def _base(self, sample, timestep, prompt_embeds, null_embeds) -> torch.Tensor:
         with lora_disabled(self._lora):
@@ -121,9 +156,10 @@ class Policy(nn.Module):
         """Within the block the tuned model runs with W + BA computed once, in place of W and two more layers beside each.
 
         The same function of the same parameters, gradients included, at about half the cost on small models; worth it wherever
-        the base's weights are float32 and the parameters do not change within the block (one update, or sampling).
+        the base's weights are float32 and the parameters do not change within the block (one update, or sampling). Does nothing
+        where the denoiser checkpoints its blocks, which are recomputed after the merged weights are gone.
         """
-        layers = self._lora_layers if enabled else {}
+        layers = self._lora_layers if enabled and not self._checkpointed_modules() else {}
         if layers:
             self._merged = {
                 f"{name}.base_layer.weight": layer.get_base_layer().weight + layer.get_delta_weight(layer.active_adapters[0])
@@ -134,22 +170,40 @@ class Policy(nn.Module):
         finally:
             self._merged = None
 
-    def _guided(self, sample, timestep, prompt_embeds, null_embeds, weights=None) -> torch.Tensor:
+    def _guided(self, sample, timestep, prompt_embeds, null_embeds, embedding=None, weights=None) -> torch.Tensor:
+        def call(args: tuple[Any, ...], kwargs: dict[str, Any], added: torch.Tensor | None) -> torch.Tensor:
+            return self._denoise(args, kwargs, added, weights)
+
+        if isinstance(prompt_embeds, Condition):
+            asked = prompt_embeds.plan.guidance_scale
+            if self.guidance_scale != asked:
+                raise ValueError(
+                    f"The policy's guidance_scale is {self.guidance_scale}, but its conditions were recorded with {asked}: the law "
+                    "that is tuned must be the sampler's own."
+                )
+            return prompt_embeds.output(call, sample, timestep, embedding)
         if self.guidance_scale == 1.0 or prompt_embeds is None:
-            return self._denoise(sample, timestep, prompt_embeds, weights)
+            kwargs = {} if prompt_embeds is None else {"encoder_hidden_states": prompt_embeds}
+            return call((sample, timestep), kwargs, embedding)
         if null_embeds is None:
             raise ValueError(f"guidance_scale={self.guidance_scale} needs null_embeds beside prompt_embeds.")
-        both = self._denoise(torch.cat([sample, sample]), timestep, torch.cat([null_embeds, prompt_embeds]), weights)
+        if embedding is not None:
+            embedding = torch.cat([torch.zeros_like(embedding), embedding])
+        both = call(
+            (torch.cat([sample, sample]), timestep), {"encoder_hidden_states": torch.cat([null_embeds, prompt_embeds])}, embedding
+        )
         unconditional, conditional = both.chunk(2)
         return unconditional + self.guidance_scale * (conditional - unconditional)
 
-    def _denoise(self, sample, timestep, prompt_embeds, weights) -> torch.Tensor:
-        kwargs: dict[str, Any] = {} if prompt_embeds is None else {"encoder_hidden_states": prompt_embeds}
-        if weights is None:
-            output = self.denoiser(sample, timestep, **kwargs)
-        else:
-            output = functional_call(self.denoiser, weights, (sample, timestep), kwargs)
-        return output if isinstance(output, torch.Tensor) else output.sample
+    def _denoise(self, args, kwargs, embedding, weights) -> torch.Tensor:
+        """One call of the denoiser, with a row of `embedding` (rows, D) for each row of its batch."""
+        self._hook.embedding = embedding
+        try:
+            if weights is None:
+                return first(self.denoiser(*args, **kwargs))
+            return first(functional_call(self.denoiser, weights, args, kwargs))
+        finally:
+            self._hook.embedding = None
 
     def trainable_parameters(self) -> dict[str, list[nn.Parameter]]:
         """{"lora": [...], "label_encoder": [...]}: the two groups that training moves."""

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from .conditions import Condition
+from .labels import LabelSpace
 from .policy import Policy
 from .transitions import Transition, transition
 
@@ -29,6 +31,7 @@ class Sampler:
         scheduler: a diffusers scheduler with a Gaussian transition.
         num_inference_steps: K.
         options: keyword arguments of the transition, such as `eta` for DDIM.
+        grid: arguments of `set_timesteps`, where a pipeline sets them otherwise than by the number of steps alone.
 
     Raises:
         ValueError: if the scheduler has no Gaussian transition, or if every step is deterministic (eta = 0).
@@ -37,11 +40,12 @@ class Sampler:
     scheduler: Any
     num_inference_steps: int
     options: dict[str, Any] = field(default_factory=dict)
+    grid: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {self.num_inference_steps}.")
-        self.scheduler.set_timesteps(self.num_inference_steps)
+        self.scheduler.set_timesteps(**self.grid or {"num_inference_steps": self.num_inference_steps})
         probe = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
         noisy = []
         for t in self.timesteps:
@@ -74,14 +78,15 @@ class Sampler:
 class Batch:
     """What a trajectory starts from. Everything a rollout needs besides the random numbers of its steps.
 
-    noise: x_0, (B, C, *). labels: (B, A), NaN where not given. gamma: (B,). prompt_embeds, null_embeds: (B, L, D) or None.
+    noise: x_0, (B, C, *). labels: (B, A), NaN where not given. gamma: (B,). prompt_embeds, null_embeds: (B, L, D) or None; or the
+    first all that the pipeline gives its denoiser for each row, as a `Condition`.
     prompts, label_rows: index of each row's prompt and label among the environment's, (B,).
     """
 
     noise: torch.Tensor
     labels: torch.Tensor
     gamma: torch.Tensor
-    prompt_embeds: torch.Tensor | None = None
+    prompt_embeds: torch.Tensor | Condition | None = None
     null_embeds: torch.Tensor | None = None
     prompts: torch.Tensor | None = None
     label_rows: torch.Tensor | None = None
@@ -181,11 +186,13 @@ class Environment:
         sampler: the base law's scheduler and settings.
         shape: (C, H, W) of a state.
         reward: images, labels (B, A) -> (B,) log-likelihood in nats.
-        labels: (M, A), the labels that are drawn, uniformly.
+        labels: (M, A), the labels that are drawn, uniformly; NaN where an attribute is left free.
+        spread: (M, A), where continuous labels are drawn: uniformly within so much of the row's; None for no attribute that is.
+        space: what the columns of `labels` mean; evaluation takes them for class indices without it.
         gamma: exponent of the likelihood, of every batch but those of `draw` where there is a range.
         gamma_range: (low, high); `draw` then draws gamma log-uniformly from it, one for each trajectory.
         decode: states (B, C, *) -> images in [0, 1]; identity by default. Differentiable where the reward is.
-        prompt_embeds: (P, L, D), the prompts that are drawn, uniformly; None for an unconditional denoiser.
+        prompt_embeds: (P, L, D) or P rows of a `Condition`, the prompts that are drawn, uniformly; None for an unconditional denoiser.
         null_embeds: (1, L, D), for guidance.
     """
 
@@ -196,8 +203,10 @@ class Environment:
     gamma: float = 1.0
     gamma_range: tuple[float, float] | None = None
     decode: Callable[[torch.Tensor], torch.Tensor] = field(default=lambda x: x)
-    prompt_embeds: torch.Tensor | None = None
+    prompt_embeds: torch.Tensor | Condition | None = None
     null_embeds: torch.Tensor | None = None
+    spread: torch.Tensor | None = None
+    space: LabelSpace | None = None
 
     @property
     def num_prompts(self) -> int:
@@ -243,6 +252,9 @@ class Environment:
         rounds = [torch.randperm(pairs, generator=generator, device=device).cpu() for _ in range(-(-size // pairs))]
         index = torch.cat(rounds)[:size]
         batch = self.batch(index % len(self.labels), index // len(self.labels), generator)
+        if self.spread is not None:
+            place = 2 * torch.rand(batch.labels.shape, generator=generator, device=device).to(batch.labels) - 1
+            batch = replace(batch, labels=batch.labels + place * self.spread[batch.label_rows])
         if self.gamma_range is None:
             return batch
         low, high = self.gamma_range

@@ -28,7 +28,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from .conditions import Condition
 from .experience import Baseline, NonFiniteError, collect
+from .labels import label_grid
 from .objectives import OBJECTIVES
 from .policy import Policy
 from .rollouts import Batch, Environment, Sampler
@@ -54,6 +56,8 @@ class CTRLConfig:
     guidance_scale: float = _option(1.0, "Classifier-free guidance of the law that is tuned; 1 is none, at half the cost.")
     gamma: float = _option(1.0, "Exponent of p(y|x): 1 is Bayes' posterior. With a range, the one that a call without gamma= gets.")
     gamma_range: list[float] | None = _option(None, "LOW HIGH: train for all gamma in between (log-uniform), chosen at the call.")
+    label_bins: int = _option(5, "A continuous attribute is drawn from so many equal intervals alike, and judged at their centres.")
+    label_subsets: bool = _option(True, "With several attributes: also train for every subset of them, the others left free.")
     lora_rank: int = _option(16, "Rank of LoRA on each target.")
     lora_targets: list[str] = _option(["to_q", "to_k", "to_v", "to_out.0"], "Suffixes of the module names that get LoRA.")
     injection_site: str | None = _option(None, "Module path of the time embedding, where it is not found by itself.")
@@ -112,6 +116,7 @@ class CTRLConfig:
             "max_updates",
             "num_inference_steps",
             "lora_rank",
+            "label_bins",
             "ppo_epochs",
             "ppo_minibatches",
         ):
@@ -132,8 +137,8 @@ class TrainingStopped(RuntimeError):
     """Training met a NaN or infinite number; the message says where, and where the last good checkpoint is."""
 
 
-def make_sampler(scheduler: Any, config: CTRLConfig) -> Sampler:
-    """The base law of a config. `eta` goes to schedulers whose step takes it.
+def make_sampler(scheduler: Any, config: CTRLConfig, grid: dict[str, Any] | None = None) -> Sampler:
+    """The base law of a config. `eta` goes to schedulers whose step takes it. grid: see `Sampler`.
 
     Raises:
         ValueError: if the scheduler has no Gaussian transition, or eta = 0.
@@ -144,7 +149,7 @@ def make_sampler(scheduler: Any, config: CTRLConfig) -> Sampler:
             f"eta = {config.eta} < 1 is not memoryless: the optimum is biased away from p(x|c) p(y|x)^gamma; eta = 1 is not.",
             stacklevel=2,
         )
-    return Sampler(scheduler, config.num_inference_steps, {"eta": config.eta} if takes_eta else {})
+    return Sampler(scheduler, config.num_inference_steps, {"eta": config.eta} if takes_eta else {}, grid or {})
 
 
 class CTRLTrainer:
@@ -155,7 +160,7 @@ class CTRLTrainer:
         scheduler: the base's scheduler; with `config` it fixes the base law.
         reward: images in [0, 1], labels (B, A) -> (B,) nats.
         config: settings.
-        shape: (C, H, W) of a latent. labels: (M, A), the labels to learn; every name of the label space's attributes by default.
+        shape: (C, H, W) of a latent. labels: (M, A), the labels to learn; by default `label_grid` of the policy's label space.
         decode, prompt_embeds, null_embeds: see `Environment`.
         log_partition: estimate of the mean log Z in nats, for the gap shown in the progress bar.
         save_images: called with (update, policy) at every `sample_every`.
@@ -171,7 +176,7 @@ class CTRLTrainer:
         shape: tuple[int, ...],
         labels: torch.Tensor | None = None,
         decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | Condition | None = None,
         null_embeds: torch.Tensor | None = None,
         log_partition: float | None = None,
         save_images: Callable[[int, Policy], None] | None = None,
@@ -185,10 +190,13 @@ class CTRLTrainer:
         )
         device = self.accelerator.device
         self.policy = policy.to(device)
+        spread = None
         if labels is None:
-            labels = torch.stack([policy.label_space.encode(value)[0] for value in policy.label_space.values()])
+            choices = label_grid(policy.label_space, config.label_bins, config.label_subsets)
+            labels, spread = choices.labels, choices.spread.to(device) if choices.spread.any() else None
+        grid = prompt_embeds.grid if isinstance(prompt_embeds, Condition) else {}
         self.environment = Environment(
-            make_sampler(scheduler, config),
+            make_sampler(scheduler, config, grid),
             tuple(shape),
             reward,
             labels.to(device),
@@ -197,9 +205,16 @@ class CTRLTrainer:
             decode or (lambda x: x),
             None if prompt_embeds is None else prompt_embeds.to(device),
             None if null_embeds is None else null_embeds.to(device),
+            spread,
+            policy.label_space,
         )
         self.coarse = self.environment
         if config.coarse_updates:
+            if set(grid) - {"num_inference_steps"}:
+                raise ValueError(
+                    f"coarse_updates cannot be had here: the pipeline sets {sorted(grid)} of its own for its number of steps, and no "
+                    "coarser grid follows from that."
+                )
             own = type(scheduler).from_config(scheduler.config)  # a scheduler holds one grid of timesteps
             coarse = Sampler(own, config.coarse_steps, self.environment.sampler.options)
             self.coarse = replace(self.environment, sampler=coarse)

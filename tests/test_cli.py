@@ -12,8 +12,9 @@ from accelerate.state import AcceleratorState
 from diffusers import PNDMScheduler, StableDiffusionPipeline
 from PIL import Image
 
+import task as settings_of_a_run
 import train_ctrl
-from diffusers_ctrl import Categorical, CTRLPipeline, LabelSpace
+from diffusers_ctrl import Categorical, Continuous, CTRLConfig, CTRLPipeline, LabelSpace
 from diffusers_ctrl.adapters import load_adapter
 from digits_data import PROMPTS
 
@@ -451,12 +452,12 @@ def test_bad_arguments(sd_folder, tmp_path):
 def test_a_config_that_is_none(tmp_path, text):
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(ValueError, match="bad.yaml"):
-        train_ctrl.parse_arguments(["--config", str(tmp_path / "bad.yaml")])
+        settings_of_a_run.parse_arguments(["--config", str(tmp_path / "bad.yaml")])
 
 
 def test_a_config_that_is_missing(tmp_path):
     with pytest.raises(ValueError, match="nowhere.yaml cannot be read"):
-        train_ctrl.parse_arguments(["--config", str(tmp_path / "nowhere.yaml")])
+        settings_of_a_run.parse_arguments(["--config", str(tmp_path / "nowhere.yaml")])
 
 
 # -- parsing --
@@ -464,14 +465,14 @@ def test_a_config_that_is_missing(tmp_path):
 
 def test_the_command_line_wins_over_the_file(tmp_path):
     config = write_config(tmp_path / "some.yaml", learning_rate=0.5, max_updates=7, prompts=["a", "b"], attribute="shade")
-    task, train = train_ctrl.parse_arguments(["--config", config, "--max_updates", "9", "--prompts", "c", "d e"])
-    assert (train.learning_rate, train.max_updates, task.prompts, task.attribute) == (0.5, 9, ["c", "d e"], "shade")
-    assert train.batch_size == train_ctrl.CTRLConfig().batch_size
+    task, train = settings_of_a_run.parse_arguments(["--config", config, "--max_updates", "9", "--prompts", "c", "d e"])
+    assert (train.learning_rate, train.max_updates, task.prompts, task.attribute) == (0.5, 9, ["c", "d e"], ["shade"])
+    assert train.batch_size == CTRLConfig().batch_size
 
 
 def test_numbers_as_yaml_reads_them(tmp_path):
     (tmp_path / "some.yaml").write_text("learning_rate: 1e-3\nmax_grad_norm: 1\nnum_labels: null\n")  # 1e-3 is text to YAML 1.1
-    task, train = train_ctrl.parse_arguments(["--config", str(tmp_path / "some.yaml")])
+    task, train = settings_of_a_run.parse_arguments(["--config", str(tmp_path / "some.yaml")])
     assert train.learning_rate == 0.001 and isinstance(train.learning_rate, float)
     assert train.max_grad_norm == 1 and task.num_labels is None
 
@@ -482,12 +483,12 @@ def test_numbers_as_yaml_reads_them(tmp_path):
 def test_values_of_the_wrong_type(tmp_path, values):
     config = write_config(tmp_path / "some.yaml", **values)
     with pytest.raises((ValueError, SystemExit)):
-        train_ctrl.parse_arguments(["--config", config])
+        settings_of_a_run.parse_arguments(["--config", config])
 
 
 def test_no_arguments_are_the_digits_recipe():
-    task, train = train_ctrl.parse_arguments([])
-    assert (task.base, task.dataset, task.num_labels) == ("digits-base", "digits:stroke", 600)
+    task, train = settings_of_a_run.parse_arguments([])
+    assert (task.base, task.dataset, task.num_labels) == ("digits-base", ["digits:stroke"], 600)
     assert train.output_dir == "runs/digits-stroke"
     assert train.guidance_scale == 1 and train.gamma == 1 and train.eta == 1
     assert task.prompts == list(PROMPTS)
@@ -495,12 +496,53 @@ def test_no_arguments_are_the_digits_recipe():
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_configs_parse(path):
-    task, train = train_ctrl.parse_arguments(["--config", str(path), "--seed", "3"])
+    task, train = settings_of_a_run.parse_arguments(["--config", str(path), "--seed", "3"])
     assert train.seed == 3 and task.prompts
+    attributes = task.attributes()
     if path.stem.startswith("digits_"):
-        assert task.attribute == path.stem.removeprefix("digits_").split("_")[0]
-        assert task.dataset == f"digits:{task.attribute}" or task.scorer
+        assert [attribute.name for attribute in attributes] == [n for n in ("stroke", "slant", "jpeg") if n in path.stem]
+        assert all(a.scorer or a.dataset.startswith(f"digits:{a.name}") for a in attributes)
         assert task.base == "digits-base"
-    for name in (task.oracle, task.prompt_oracle, task.scorer):
-        if name is not None:
-            assert callable(train_ctrl.import_function(name))
+    for attribute in attributes:
+        for name in (attribute.oracle, attribute.scorer, attribute.labeller):
+            assert name is None or callable(settings_of_a_run.import_function(name))
+    assert task.prompt_oracle is None or callable(settings_of_a_run.import_function(task.prompt_oracle))
+
+
+# -- several attributes --
+
+TWO = {"attribute": ["stroke", "slant"], "dataset": ["digits:stroke", "digits:slant"]}
+
+
+def test_each_attribute_has_its_own_settings():
+    task = settings_of_a_run.TaskConfig(
+        **TWO, label_names=["thin|regular|bold", "-"], oracle=["digits_data:stroke_oracle", "-"], label_column=["label"]
+    )
+    first, second = task.attributes()
+    assert (first.name, first.dataset, first.names, first.oracle) == (
+        "stroke",
+        "digits:stroke",
+        LABELS,
+        "digits_data:stroke_oracle",
+    )
+    assert (second.names, second.oracle, second.scorer, second.label_column) == (None, None, None, "label")
+    assert settings_of_a_run.attribute_oracle(task) is None  # not every attribute has one
+    task = settings_of_a_run.TaskConfig(**TWO, continuous=["slant:-2:2:sd"])
+    assert task.attributes()[1].interval == Continuous(-2, 2, "sd") and task.attributes()[0].interval is None
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"dataset": ["a", "b", "c"]}, "dataset has 3 entries for 2 attributes"),
+        ({"label_names": ["thin|regular|bold"]}, "label_names has 1 entries for 2 attributes"),
+        ({"attribute": ["stroke", "stroke"]}, "different names"),
+        ({"continuous": ["slant"]}, "NAME:LOW:HIGH"),
+        ({"continuous": ["slant:2:1"]}, "NAME:LOW:HIGH"),
+        ({"continuous": ["height:0:1"]}, "height"),
+        ({"scorer": ["-", "jpeg_data:digit_jpeg_score"]}, "scorer needs label_names"),
+    ],
+)
+def test_settings_of_several_attributes_that_do_not_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        settings_of_a_run.TaskConfig(**{**TWO, **changes})

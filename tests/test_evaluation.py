@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diffusers_ctrl import Categorical, LabelSpace, Policy
-from diffusers_ctrl.evaluation import certificate, certify, confusion_matrix, draw_samples, evaluate, exact_law
+from diffusers_ctrl import Categorical, Continuous, LabelSpace, Policy
+from diffusers_ctrl.accuracy import confusion_matrix, measure
+from diffusers_ctrl.evaluation import certificate, certify, draw_samples, evaluate, exact_law
+from diffusers_ctrl.labels import label_grid
 from diffusers_ctrl.rollouts import Environment, Sampler
 from problems import GaussianDenoiser, GaussianLikelihood, affine_steps, cosine_scheduler, exact_log_partition, posterior_moments
 
@@ -177,3 +179,66 @@ def test_accuracy_and_macro_f1_agree_with_scikit_learn():
     for name in ("accuracy", "macro_f1", "log_likelihood", "kl", "objective", "log_partition", "gap"):
         assert out[f"{name}_se"] > 0
     assert {"base_accuracy", "exact_accuracy", "ess", "by_label.low.gap", "by_label.high.accuracy"} <= set(out)
+
+
+def several() -> tuple[Policy, Environment, tuple[str, ...]]:
+    """Two attributes of a point in the plane: on which side of 0.3 its first coordinate is, and the second coordinate itself."""
+    torch.manual_seed(0)
+    space, scheduler = LabelSpace(side=Categorical(("low", "high")), height=Continuous(-1.0, 1.0)), cosine_scheduler()
+    policy = Policy(GaussianDenoiser(*PRIOR, scheduler, dimensions=2), label_space=space, lora_rank=1, lora_targets=["shift"])
+
+    def reward(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        side = torch.nn.functional.logsigmoid((2 * labels[:, 0].nan_to_num() - 1) * 4 * (x[:, 0] - 0.3))
+        height = torch.distributions.Normal(x[:, 1], 0.4).log_prob(labels[:, 1].nan_to_num())
+        return torch.where(labels[:, 0].isnan(), 0.0, side) + torch.where(labels[:, 1].isnan(), 0.0, height)
+
+    grid = label_grid(space, bins=3)
+    sampler = Sampler(scheduler, 10, {"eta": 1.0})
+    return policy, Environment(sampler, (2,), reward, grid.labels, spread=grid.spread, space=space), grid.names
+
+
+def test_several_attributes_are_judged_together_and_alone():
+    policy, environment, names = several()
+    assert names[:5] == ("low", "high", "height -0.667", "height 0", "height 0.667") and names[-1] == "high, height 0.667"
+    assert len(names) == 2 + 3 + 6
+    generator = torch.Generator().manual_seed(0)
+    tuned = draw_samples(policy, environment, 400, generator, progress=False)
+    base = draw_samples(policy, environment, 2000, generator, tuned=False, batch_size=5000, progress=False)
+
+    def oracle(x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([(x[:, 0] > 0.3).double(), x[:, 1].double()], dim=1)
+
+    out = evaluate(tuned, base, environment, names, oracle=oracle)
+    assert {key.split(".")[1] for key in out if key.startswith("by_given.")} == {"side", "height", "side+height"}
+    # independent attributes under an independent base: the parts' log Z and KL add up to the whole's
+    parts = [out[f"by_given.{name}.base_log_partition"] for name in ("side", "height")]
+    assert math.isclose(sum(parts), out["by_given.side+height.base_log_partition"], abs_tol=0.05)
+    # an untuned model: half the sides right by chance, heights as they come; the exact law does better on both
+    assert abs(out["accuracy"] - 0.5) < 4 * out["accuracy_se"] and out["exact_accuracy"] > 0.75
+    assert abs(out["by_attribute.height.correlation"]) < 0.1 < 0.6 < out["exact_by_attribute.height.correlation"]
+    assert out["exact_by_attribute.height.mean_error"] < 0.75 * out["by_attribute.height.mean_error"]
+    assert "by_given.height.accuracy" not in out and "by_given.height.gap" in out
+    asked, found = environment.labels[tuned.label_rows], oracle(tuned.images)
+    given = ~asked[:, 0].isnan()
+    assert math.isclose(out["by_attribute.side.accuracy"], (asked == found)[given, 0].double().mean().item())
+    given = ~asked[:, 1].isnan()
+    expected = torch.corrcoef(torch.stack([asked[given, 1].double(), found[given, 1]]))[0, 1].item()
+    assert math.isclose(out["by_attribute.height.correlation"], expected, rel_tol=1e-9)
+    assert out["by_attribute.height.correlation_se"] > 0
+
+
+def test_training_draws_continuous_labels_within_their_interval_and_leaves_the_others_alone():
+    _, environment, _ = several()
+    batch = environment.draw(1100, torch.Generator().manual_seed(0))
+    rows = environment.labels[batch.label_rows]
+    assert torch.equal(batch.labels.isnan(), rows.isnan())
+    assert torch.equal(batch.labels[:, 0].nan_to_num(-9), rows[:, 0].nan_to_num(-9))
+    offset = (batch.labels - rows)[:, 1]
+    offset = offset[~offset.isnan()]
+    assert offset.abs().max() <= 1 / 3 + 1e-6 and offset.std() > 0.15
+    assert torch.bincount(batch.label_rows).tolist() == [100] * 11
+
+
+def test_an_oracle_of_another_shape_is_named():
+    with pytest.raises(ValueError, match=r"must measure 2 attributes of each of 3 images; it gave \(3, 1\)"):
+        measure(lambda x: torch.zeros(3), torch.zeros(3, 2), torch.zeros(3, 2))

@@ -110,6 +110,25 @@ def test_a_categorical_needs_two_different_names(names):
         Categorical(names)
 
 
+@pytest.mark.parametrize(
+    "thresholds", [(), (0.2,), (0.2, 0.3, 0.4), (0.3, 0.2), (0.2, 0.2), (0.2, NAN), (0.2, math.inf), (True, 2.0), "ab", ("a", "b")]
+)
+def test_thresholds_are_increasing_numbers_between_the_classes(thresholds):
+    with pytest.raises(ValueError, match="thresholds"):
+        Categorical(("thin", "regular", "bold"), thresholds)
+
+
+def test_thresholds_and_unit_are_kept_and_older_dicts_have_none():
+    space = LabelSpace(stroke=Categorical(["thin", "regular", "bold"], [1, 2.5], "mean ink"))
+    assert space.attributes["stroke"].thresholds == (1.0, 2.5)
+    data = json.loads(json.dumps(space.to_dict()))
+    assert data["stroke"].items() >= {"thresholds": [1.0, 2.5], "unit": "mean ink"}.items()
+    assert LabelSpace.from_dict(data) == space != one()
+    assert not {"thresholds", "unit"} & set(one().to_dict()["stroke"])
+    assert LabelSpace.from_dict({"stroke": {"type": "categorical", "names": ["thin", "regular", "bold"]}}) == one()
+    assert_rows(space.encode("bold"), [[2.0]])
+
+
 @pytest.mark.parametrize(("low", "high"), [(1.0, 1.0), (1.0, 0.0), (-math.inf, 0.0), (0.0, NAN)])
 def test_a_continuous_needs_a_finite_interval(low, high):
     with pytest.raises(ValueError, match="low < high"):
@@ -167,6 +186,9 @@ def test_values_are_the_named_labels_each_encodable():
         {"type": "categorical", "names": ["a"]},
         {"type": "categorical", "names": ["a", "a"]},
         {"type": "categorical", "names": [["a"], ["b"]]},
+        {"type": "categorical", "names": ["a", "b"], "thresholds": 3},
+        {"type": "categorical", "names": ["a", "b"], "thresholds": "3"},
+        {"type": "categorical", "names": ["a", "b"], "thresholds": [0.1, 0.2]},
         {"type": "continuous", "low": 0.0},
         {"type": "continuous", "low": "zero", "high": 1.0},
         {"type": "continuous", "low": None, "high": 1.0},

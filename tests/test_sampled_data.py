@@ -393,7 +393,7 @@ def test_the_command(tmp_path, capsys):
     assert str(tmp_path / "out") in capsys.readouterr().out
     with pytest.raises(ValueError, match="--names 'shade' must be attribute=value"):
         main([*arguments[:-1], "shade"])
-    with pytest.raises(ValueError, match="module:function.*'nothing'"):
+    with pytest.raises(ValueError, match="nothing:here"):
         main([*arguments[:4], "--labeller", "shade=nothing:here"])
 
 

@@ -131,7 +131,7 @@ def test_a_coarse_start_runs_on_fewer_steps_and_then_on_all(tmp_path):
     trainer = make_trainer(tmp_path, coarse_updates=2, coarse_steps=4, max_updates=3)
     seen = []
     denoise = trainer.policy._denoise
-    trainer.policy._denoise = lambda x, t, *rest: (seen.append((trainer.update, int(t))), denoise(x, t, *rest))[1]
+    trainer.policy._denoise = lambda args, *rest: (seen.append((trainer.update, int(args[1]))), denoise(args, *rest))[1]
     trainer.train()
     grids = [sorted({t for update, t in seen if update == u}, reverse=True) for u in range(3)]
     assert grids[0] == grids[1] == [999, 749, 499, 249]

@@ -8,7 +8,6 @@ Prompts and oracles come from the config, sampler and gamma from the adapter. Wr
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -22,15 +21,18 @@ from transformers import HfArgumentParser
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from diffusers_ctrl import CTRLPipeline, Policy  # noqa: E402
 from diffusers_ctrl.adapters import Adapter, load_adapter, package_versions, resolve_folder, save_config  # noqa: E402
-from diffusers_ctrl.bases import decoder, encode_prompts, latent_shape  # noqa: E402
+from diffusers_ctrl.bases import decoder  # noqa: E402
 from diffusers_ctrl.cards import save_card  # noqa: E402
-from diffusers_ctrl.evaluation import confusion_matrix, draw_samples, evaluate, evaluate_gammas, gamma_grid  # noqa: E402
+from diffusers_ctrl.conditions import record_conditions  # noqa: E402
+from diffusers_ctrl.evaluation import draw_samples, evaluate, evaluate_gammas, gamma_grid  # noqa: E402
 from diffusers_ctrl.injection import load_lora_state_dict  # noqa: E402
-from diffusers_ctrl.rewards import classifier_reward  # noqa: E402
+from diffusers_ctrl.labels import LabelGrid, label_grid  # noqa: E402
+from diffusers_ctrl.rewards import attribute_rewards, classifier_reward  # noqa: E402
 from diffusers_ctrl.rollouts import Environment, Sampler  # noqa: E402
 from diffusers_ctrl.trainer import _option  # noqa: E402
-from figures import plot_confusion, plot_samples, sample_rows  # noqa: E402
-from train_ctrl import TaskConfig, import_function, parse_arguments, print_table, prompt_judge  # noqa: E402
+from figures import plot_samples, sample_rows  # noqa: E402
+from report import plot_agreement, print_table, write_metrics  # noqa: E402
+from task import TaskConfig, attribute_oracle, import_function, parse_arguments, prompt_judge  # noqa: E402
 
 
 @dataclass
@@ -41,13 +43,29 @@ class EvaluateConfig:
     update_adapter: bool = _option(False, "Write the figures and the card into the adapter, a local folder then.")
 
 
-def adapter_environment(adapter: Adapter, task: TaskConfig) -> tuple[Policy, Environment]:
+def adapter_environment(adapter: Adapter, task: TaskConfig, grid: LabelGrid | None = None) -> tuple[Policy, Environment]:
     """The adapter on its base as a policy, and what it is judged in: its own sampler and gamma, the task's prompts.
 
-    log p̂ is the task's scorer's, or else that of the classifier which the adapter brings; ValueError if there is neither.
+    log p̂ is that of the classifier which the adapter brings, or else the sum of the task's scorers.
+
+    Args:
+        grid: the labels; by default every label of the adapter's space, with five values of a continuous attribute.
+
+    Raises:
+        ValueError: if there is neither a classifier nor a scorer for every attribute.
     """
-    if adapter.classifier is None and task.scorer is None:
-        raise ValueError("This adapter brings no classifier, so no gap can be measured: give --scorer and --label_names.")
+    space = adapter.label_encoder.label_space
+    scorers = {attribute.name: import_function(attribute.scorer) for attribute in task.attributes()}
+    if adapter.classifier is None and any(scorers.get(name) is None for name in space.attributes):
+        raise ValueError(
+            "This adapter brings no classifier, so no gap can be measured: give --attribute, --scorer and --label_names of "
+            f"{list(space.attributes)}."
+        )
+    if all(scorers.get(name) is not None for name in space.attributes):
+        reward = attribute_rewards({name: scorers[name] for name in space.attributes}, space)
+    else:
+        reward = classifier_reward(adapter.classifier)
+    grid = grid or label_grid(space)
     settings, base = adapter.config.sampler, adapter.config.base
     pipe = CTRLPipeline.from_pretrained(base["id"], revision=base["revision"])
     denoiser = pipe.denoiser.requires_grad_(False)
@@ -59,17 +77,17 @@ def adapter_environment(adapter: Adapter, task: TaskConfig) -> tuple[Policy, Env
         injection_site=adapter.config.injection_site,
         guidance_scale=settings["guidance_scale"],
     )
-    space = adapter.label_encoder.label_space
-    embeds, null = encode_prompts(pipe, task.prompts)
+    pipe.scheduler, steps = pipe._labelled_scheduler(settings), settings["num_inference_steps"]
+    conditions = record_conditions(pipe, task.prompts, num_inference_steps=steps, guidance_scale=settings["guidance_scale"])
     environment = Environment(
-        Sampler(pipe._labelled_scheduler(settings), settings["num_inference_steps"], settings["options"]),
-        latent_shape(pipe),
-        import_function(task.scorer) or classifier_reward(adapter.classifier),
-        torch.stack([space.encode(value)[0] for value in space.values()]),
+        Sampler(pipe.scheduler, steps, settings["options"], conditions.grid),
+        conditions.shape,
+        reward,
+        grid.labels,
         adapter.config.gamma,
         decode=decoder(pipe),
-        prompt_embeds=embeds,
-        null_embeds=null,
+        prompt_embeds=conditions,
+        space=space,
     )
     return policy, environment
 
@@ -81,10 +99,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     task, config = parse_arguments(rest)
     folder = resolve_folder(own.adapter)
     adapter = load_adapter(folder)
-    policy, environment = adapter_environment(adapter, task)
     space = adapter.label_encoder.label_space
-    names = [next(iter(value.values())) for value in space.values()]
-    oracle = import_function(task.oracle)
+    if task.attribute != list(space.attributes):
+        raise ValueError(
+            f"The settings are about {task.attribute}, the adapter about {list(space.attributes)}: give the --config it was trained "
+            "with, whose prompts and oracles are used."
+        )
+    grid = label_grid(space, config.label_bins, config.label_subsets)
+    policy, environment = adapter_environment(adapter, task, grid)
+    names, oracle = grid.names, attribute_oracle(task)
     judges = {"oracle": oracle, "prompt_oracle": prompt_judge(task.prompt_oracle, task.prompts)}
     kept = {k: v for k, v in adapter.config.metrics.items() if k.startswith(("seconds_", "classifier_", "num_labels", "updates"))}
     with policy.merged():
@@ -107,15 +130,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     }
     output = folder if own.update_adapter else Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "metrics.json.tmp").write_text(json.dumps(metrics, indent=2) + "\n")
-    os.replace(output / "metrics.json.tmp", output / "metrics.json")
+    write_metrics(output, metrics)
     plot_samples(rows, ["base", *names], output / "samples.png", "each column: the same noise")
     if oracle is not None:
-        plot_confusion(confusion_matrix(tuned.label_rows, oracle(tuned.images), len(names)), names, output / "confusion.png")
+        plot_agreement(output, space, environment.labels, tuned, oracle)
     if own.update_adapter:
         updated = replace(adapter.config, metrics=metrics)
         save_config(folder, updated)
-        save_card(folder, updated, prompts=task.prompts, attribute=next(iter(space.attributes)))
+        save_card(folder, updated, prompts=task.prompts)
     print_table(metrics, names)
     return metrics
 

@@ -94,6 +94,22 @@ def plot_confusion(confusion: torch.Tensor, names: Sequence[str], path: Path) ->
     _save(figure, path)
 
 
+def plot_asked_and_found(asked: torch.Tensor, found: torch.Tensor, name: str, unit: str, path: Path) -> None:
+    """Of a continuous attribute: what was measured (median, central half, central 90 %) at each value that was asked for."""
+    values = asked.unique()
+    quantiles = torch.stack([found[asked == v].quantile(torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95]).to(found)) for v in values])
+    figure, axis = plt.subplots(figsize=(4.2, 4))
+    axis.fill_between(values, quantiles[:, 0], quantiles[:, 4], color="#deebf7", label="central 90 %")
+    axis.fill_between(values, quantiles[:, 1], quantiles[:, 3], color="#9ecae1", label="central half")
+    axis.plot(values, quantiles[:, 2], "o-", color="#08519c", label="median")
+    axis.plot(values, values, color="black", ls="--", lw=1, label="asked = measured")
+    suffix = f" ({unit})" if unit else ""
+    axis.set_xlabel(f"{name} asked for{suffix}")
+    axis.set_ylabel(f"{name} measured{suffix}")
+    axis.legend(fontsize=8)
+    _save(figure, path)
+
+
 def _save(figure: plt.Figure, path: Path) -> None:
     figure.tight_layout()
     temporary = path.with_name(path.stem + ".tmp.png")

@@ -19,9 +19,7 @@ import reprlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from inspect import signature
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -211,12 +209,13 @@ def write_sampled_dataset(
         ValueError: if the folder holds a dataset of other settings (it names the first that differs); for labels that are not in
             their classes, not finite, or not one an image; for samples with NaN.
     """
+    from diffusers_ctrl.replay import row_arguments  # here, so that labelling a folder need not wait for diffusers
+
     if num_images < 1 or batch_size < 1 or shard_size < 1:
         raise ValueError(f"num_images, batch_size and shard_size must be positive, got {num_images}, {batch_size}, {shard_size}.")
     if not prompts:
         raise ValueError("prompts must not be empty.")
     features = _features(labellers, label_names, [] if prompt_column is None else [prompt_column])
-    takes_prompt = "prompt" in signature(pipe.__call__).parameters
     settings = {
         "source": "samples of the base",
         "num_images": num_images,
@@ -234,9 +233,8 @@ def write_sampled_dataset(
         for first in range(start, stop, batch_size):
             rows = range(first, min(first + batch_size, stop))
             texts = [prompts[row % len(prompts)] for row in rows]
-            inputs = {"prompt": texts} if takes_prompt else {"batch_size": len(rows)}
             generator = torch.Generator().manual_seed(seed * 1_000_003 + first)
-            images = np.asarray(pipe(**inputs, generator=generator, output_type="np", **call_kwargs).images)
+            images = np.asarray(pipe(**row_arguments(pipe, texts), generator=generator, output_type="np", **call_kwargs).images)
             if not np.isfinite(images).all():
                 raise ValueError(f"The base's samples {first} to {rows[-1]} are not finite; see its scheduler and its precision.")
             pixels = (images * 255).round().astype(np.uint8)
@@ -324,6 +322,8 @@ def label_image_folder(
 
 def main(arguments: list[str] | None = None) -> Path:
     """`label_image_folder` as a command."""
+    from task import import_function
+
     parser = argparse.ArgumentParser(description="Labels the images of a folder and writes them as a dataset.")
     parser.add_argument("folder", help="The images.")
     parser.add_argument("out", help="Where the dataset goes.")
@@ -340,10 +340,7 @@ def main(arguments: list[str] | None = None) -> Path:
         if wrong := [value for value in values if not all(value.partition("="))]:
             raise ValueError(f"--{option} {wrong[0]!r} must be attribute=value.")
         pairs[option] = dict(value.split("=", 1) for value in values)
-    try:
-        labellers = {attribute: resolve_name(path) for attribute, path in pairs["labeller"].items()}
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"--labeller must name a module:function that can be imported: {error}.") from error
+    labellers = {attribute: import_function(path) for attribute, path in pairs["labeller"].items()}
     names = {attribute: text.split("|") for attribute, text in pairs["names"].items()}
     out = label_image_folder(labellers=labellers, label_names=names, **options)
     print(f"Written to {out}/.")

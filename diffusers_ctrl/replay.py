@@ -1,0 +1,270 @@
+"""Watching a pipeline at work: its own `__call__`, with the denoiser, the scheduler's step and the autoencoder looked at.
+
+What a pipeline gives its denoiser, and what it makes of the answer, is written in its `__call__` and nowhere else. So it is run, with
+stand-ins where the real networks would cost something, and what passes between the parts is kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+
+def denoiser_of(pipe: DiffusionPipeline) -> tuple[str, torch.nn.Module]:
+    """("unet" or "transformer", the module). Raises ValueError for a pipeline with neither."""
+    for name in ("unet", "transformer"):
+        if getattr(pipe, name, None) is not None:
+            return name, getattr(pipe, name)
+    raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer to control.")
+
+
+def autoencoder_of(pipe: DiffusionPipeline) -> torch.nn.Module | None:
+    """The component that encodes and decodes images; None for a pipeline whose states are images."""
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module) and hasattr(component, "encode") and hasattr(component, "decode"):
+            return component
+    return None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the denoiser: what it was given, and its answer (a tensor, a tuple, or an object with `sample`)."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the scheduler, and the calls of the denoiser before it.
+
+    t, state, model_output: what `scheduler.step` was given. model_input: the state as `scheduler.scale_model_input` scales it.
+    """
+
+    calls: tuple[Call, ...]
+    t: Any
+    state: torch.Tensor
+    model_input: torch.Tensor
+    model_output: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Decode:
+    """The call of the autoencoder's `decode`: its input (B, C, *), its other arguments, and the dtype it then had."""
+
+    latents: torch.Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a watched call did. grid: the arguments of `set_timesteps`. images: (B, C, H, W), None where it was stopped before."""
+
+    steps: tuple[Step, ...]
+    grid: dict[str, Any]
+    decode: Decode | None
+    images: torch.Tensor | None
+
+
+class _EnoughError(Exception):
+    """Ends a call from inside, when all that is wanted was seen."""
+
+
+def first(output: Any) -> torch.Tensor:
+    """The tensor of a denoiser's or an autoencoder's answer."""
+    if isinstance(output, torch.Tensor):
+        return output
+    return output[0] if isinstance(output, tuple) else output.sample
+
+
+def _with_first(output: Any, tensor: torch.Tensor) -> Any:
+    if isinstance(output, torch.Tensor):
+        return tensor
+    return (tensor, *output[1:]) if isinstance(output, tuple) else type(output)(sample=tensor)
+
+
+def stand_in(step: Step, seed: int = 0) -> Callable[[int, int], Any]:
+    """A denoiser that answers with random numbers, of the shapes and types that the real one gave in `step`.
+
+    The function takes the number of the call within its step, and the batch size of the call.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def answer(number: int, size: int) -> Any:
+        known = step.calls[number % len(step.calls)].output
+        like = first(known)
+        noise = torch.randn(size, *like.shape[1:], generator=generator).to(like)
+        return _with_first(known, noise)
+
+    return answer
+
+
+def call_parameters(pipe: DiffusionPipeline) -> dict[str, inspect.Parameter]:
+    """The parameters of the pipeline's own `__call__`, below whatever subclass passes arguments on to it."""
+    for cls in type(pipe).__mro__:
+        if "__call__" in vars(cls):
+            parameters = inspect.signature(vars(cls)["__call__"]).parameters
+            if "num_inference_steps" in parameters:
+                return {name: parameter for name, parameter in parameters.items() if name != "self"}
+    raise ValueError(f"{type(pipe).__name__} has no __call__ with num_inference_steps.")
+
+
+def row_arguments(pipe: DiffusionPipeline, prompts: Sequence[str | int]) -> dict[str, Any]:
+    """The arguments with which the pipeline draws one sample for each of `prompts`.
+
+    Args:
+        prompts: texts; class names or numbers for a pipeline that takes `class_labels`; only their number counts for an
+            unconditional pipeline.
+
+    Raises:
+        ValueError: for a pipeline that takes none of these, or a class that it does not know.
+    """
+    parameters = call_parameters(pipe)
+    if "prompt" in parameters:
+        return {"prompt": [str(prompt) for prompt in prompts]}
+    if "class_labels" in parameters:
+        names = getattr(pipe, "labels", None) or {}
+        unknown = [prompt for prompt in prompts if not str(prompt).isdigit() and prompt not in names]
+        if unknown:
+            raise ValueError(f"{type(pipe).__name__} takes classes, by number or by name; it does not know {unknown[0]!r}.")
+        return {"class_labels": [int(prompt) if str(prompt).isdigit() else names[prompt] for prompt in prompts]}
+    if "batch_size" in parameters:
+        return {"batch_size": len(prompts)}
+    raise ValueError(f"{type(pipe).__name__} takes neither prompt nor class_labels nor batch_size, so no sample can be asked for.")
+
+
+RESERVED = ("prompt", "class_labels", "batch_size", "num_inference_steps", "guidance_scale", "latents", "generator", "output_type")
+
+
+def call_arguments(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str | int],
+    num_inference_steps: int,
+    guidance_scale: float = 1.0,
+    extra: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """All arguments of a watched call. `extra`: more of the pipeline's own (height, negative_prompt, …).
+
+    Raises:
+        ValueError: for an argument that the pipeline does not take, or that is fixed here.
+    """
+    parameters, extra = call_parameters(pipe), dict(extra or {})
+    for name in extra:
+        if name not in parameters or name in RESERVED:
+            raise ValueError(
+                f"{type(pipe).__name__} cannot be given {name!r} here; it takes {sorted(set(parameters) - set(RESERVED))}."
+            )
+    for name, value in extra.items():
+        if name.startswith("negative_prompt") and isinstance(value, str):
+            extra[name] = [value] * len(prompts)
+    arguments = {**row_arguments(pipe, prompts), "num_inference_steps": num_inference_steps, **extra}
+    if "guidance_scale" in parameters:
+        arguments["guidance_scale"] = guidance_scale
+    elif guidance_scale != 1.0:
+        raise ValueError(f"{type(pipe).__name__} takes no guidance_scale, so it cannot be {guidance_scale}.")
+    if "generator" in parameters:
+        arguments["generator"] = torch.Generator().manual_seed(0)
+    return arguments
+
+
+@torch.no_grad()
+def replay(
+    pipe: DiffusionPipeline,
+    arguments: dict[str, Any],
+    *,
+    answer: Callable[[int, int], Any] | None = None,
+    max_steps: int | None = None,
+    final: torch.Tensor | None = None,
+    decodes: bool = False,
+) -> Replay:
+    """Runs `pipe(**arguments)` and watches it. The pipeline is left as it was, whatever happens.
+
+    Args:
+        answer: stands in for the denoiser, see `stand_in`; the real one by default.
+        max_steps: the call is stopped after so many steps; else it goes on to the autoencoder.
+        final: (n, *) for n samples; put in the place of every step's result, so that this is what the pipeline decodes.
+        decodes: whether to let the autoencoder run, and so to get images.
+    """
+    denoiser, autoencoder, scheduler = denoiser_of(pipe)[1], autoencoder_of(pipe), pipe.scheduler
+    forward, steps, calls, decoded, grid = denoiser.forward, [], [], [], {}
+    names = [name for name in inspect.signature(type(denoiser).forward).parameters if name != "self"]
+    watched = copy.deepcopy(scheduler)
+
+    def watching_forward(*args: Any, **kwargs: Any) -> Any:
+        sample = args[0] if args else kwargs[names[0]]
+        output = forward(*args, **kwargs) if answer is None else answer(len(calls), len(sample))
+        calls.append(Call(args, kwargs, output))
+        return output
+
+    own_step, own_set_timesteps = watched.step, watched.set_timesteps
+
+    @functools.wraps(own_step)
+    def watching_step(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        scaled = watched.scale_model_input(sample, timestep) if hasattr(watched, "scale_model_input") else sample
+        steps.append(Step(tuple(calls), timestep, sample, scaled, model_output))
+        calls.clear()
+        if len(steps) == max_steps:
+            raise _EnoughError
+        result = own_step(model_output, timestep, sample, *args, **kwargs)
+        if final is not None:
+            following = torch.cat([final] * (len(sample) // len(final)))
+            if isinstance(result, tuple):
+                return (following, *result[1:])
+            result.prev_sample = following
+        return result
+
+    @functools.wraps(own_set_timesteps)
+    def watching_set_timesteps(*args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(own_set_timesteps).bind(*args, **kwargs).arguments
+        grid.update({name: value for name, value in given.items() if name != "device" and value is not None})
+        return own_set_timesteps(*args, **kwargs)
+
+    def watching_decode(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        decoded.append(Decode(latents, args, kwargs, autoencoder.dtype))
+        if not decodes:
+            raise _EnoughError
+        return type(autoencoder).decode(autoencoder, latents, *args, **kwargs)
+
+    watched.step, watched.set_timesteps = watching_step, watching_set_timesteps
+    quiet = dict(getattr(pipe, "_progress_bar_config", {}))
+    # both change finished images by rules of their own, which no reward is to learn
+    aside = {name: getattr(pipe, name) for name in ("safety_checker", "watermark") if getattr(pipe, name, None) is not None}
+    own_forward = vars(denoiser).get("forward")
+    dtype = None if autoencoder is None else autoencoder.dtype
+    images = None
+    fork = torch.random.fork_rng([] if denoiser.device.type == "cpu" else [denoiser.device], device_type=denoiser.device.type)
+    try:
+        denoiser.forward, pipe.scheduler = watching_forward, watched
+        for name in aside:
+            setattr(pipe, name, None)
+        if autoencoder is not None:
+            autoencoder.decode = watching_decode
+        pipe.set_progress_bar_config(**quiet | {"disable": True})
+        with fork:
+            images = pipe(**arguments, output_type="pt")[0]
+        images = torch.as_tensor(images) if isinstance(images, torch.Tensor) else torch.from_numpy(images).permute(0, 3, 1, 2)
+    except _EnoughError:
+        pipe.maybe_free_model_hooks()
+    finally:
+        del denoiser.forward
+        if own_forward is not None:
+            denoiser.forward = own_forward
+        pipe.scheduler = scheduler
+        for name, value in aside.items():
+            setattr(pipe, name, value)
+        if autoencoder is not None:
+            del autoencoder.decode
+            if autoencoder.dtype != dtype:  # some pipelines widen it for the time of decoding
+                autoencoder.to(dtype)
+        pipe.set_progress_bar_config(**quiet)
+    return Replay(tuple(steps), grid, decoded[0] if decoded else None, images)

@@ -1,0 +1,160 @@
+"""p(y | x) of a run: labelled images read, a calibrated classifier fitted to them as the base's autoencoder shows them, or a scorer."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from diffusers import DiffusionPipeline
+
+from diffusers_ctrl import Categorical, CTRLConfig, LabelSpace
+from diffusers_ctrl.bases import decoder, round_trip
+from diffusers_ctrl.classifiers import Classifier, fit_classifier
+from diffusers_ctrl.rewards import attribute_rewards, classifier_reward
+from digits_data import write_digits_dataset
+from labelled_data import LabelledImages, load_labelled_images
+from sampled_data import write_sampled_dataset
+from task import AttributeTask, TaskConfig, import_function
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """reward: images, labels (B, A) -> (B,) log p̂(y | x) in nats. classifier: None where a scorer has a part in the reward.
+
+    calibration: of the classifier, flat. seconds: that it took to fit. num_labels: images with a label of some attribute.
+    """
+
+    reward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    space: LabelSpace
+    classifier: Classifier | None
+    calibration: dict[str, Any]
+    seconds: float
+    num_labels: int
+
+
+def labelled_images(task: TaskConfig, config: CTRLConfig, pipe: DiffusionPipeline) -> tuple[LabelSpace, torch.Tensor, torch.Tensor]:
+    """What is to be learned of the attributes without a scorer: their label space, images (N, 3, H, W) in [0, 1] and labels (N, A).
+
+    A dataset is read once for all attributes that it labels. An image has NaN for the attributes that its dataset says nothing of.
+    """
+    attributes = [attribute for attribute in task.attributes() if attribute.scorer is None]
+    shared: dict[str, list[AttributeTask]] = {}
+    for attribute in attributes:
+        shared.setdefault(attribute.dataset, []).append(attribute)
+    parts, spaces = [], {}
+    for dataset, own in shared.items():
+        data = _load(task, config, pipe, dataset, own)
+        rows = torch.full((len(data.images), len(attributes)), torch.nan)
+        for column, attribute in enumerate(own):
+            rows[:, attributes.index(attribute)] = data.labels[:, column]
+        spaces |= data.space.attributes
+        parts.append((data.images, rows))
+    images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
+    return LabelSpace({attribute.name: spaces[attribute.name] for attribute in attributes}), images, labels
+
+
+def _load(
+    task: TaskConfig, config: CTRLConfig, pipe: DiffusionPipeline, dataset: str, attributes: list[AttributeTask]
+) -> LabelledImages:
+    """One dataset with a column for each of `attributes`, written first where it is the embedded digits or the base's own samples."""
+    folder = Path(config.output_dir) / "dataset"
+    columns = [attribute.label_column for attribute in attributes]
+    if dataset.startswith("digits:"):
+        spec = dataset.removeprefix("digits:")
+        dataset = str(write_digits_dataset(folder / spec.replace("/", "-of-"), spec, task.num_labels, config.seed))
+    elif dataset == "base-samples":
+        folder, columns = folder / dataset, [attribute.name for attribute in attributes]
+        dataset = str(folder)
+        settings = {name: getattr(config, name) for name in ("num_inference_steps", "guidance_scale", "eta")}
+        accepted = inspect.signature(pipe.__call__).parameters
+        write_sampled_dataset(
+            folder,
+            pipe,
+            task.prompts,
+            {attribute.name: import_function(attribute.labeller) for attribute in attributes},
+            {attribute.name: attribute.names for attribute in attributes if attribute.names is not None},
+            task.num_labels,
+            seed=config.seed,
+            **{name: value for name, value in settings.items() if name in accepted},
+        )
+    return load_labelled_images(
+        dataset,
+        task.resolution or decoder(pipe).image_shape[-1],
+        image_column=task.image_column,
+        label_column=columns,
+        label_names=[attribute.names for attribute in attributes],
+        kind=["categorical" if attribute.interval is None else "continuous" for attribute in attributes],
+        max_rows=task.num_labels,
+        skip_unreadable=task.skip_unreadable,
+        transform=lambda images: round_trip(pipe, images),
+    )
+
+
+def fit_or_load_classifier(
+    task: TaskConfig, space: LabelSpace, images: torch.Tensor, labels: torch.Tensor, folder: Path, seed: int, resume: bool
+) -> tuple[Classifier, dict[str, Any], float]:
+    """The calibrated classifier, its report, and the seconds it took; a resumed run reads the one it had."""
+    report_path = folder / "calibration.json"
+    if resume and report_path.is_file():
+        saved = json.loads(report_path.read_text())
+        return Classifier.from_pretrained(folder), saved["report"], saved["seconds"]
+    started = time.time()
+    set_seed(seed)
+    classifier = Classifier(
+        space.to_dict(),
+        image_size=task.classifier_size,
+        in_channels=images.shape[1],
+        widths=tuple(task.classifier_widths),
+        members=task.classifier_members,
+        coordinates=task.classifier_coordinates,
+    )
+    report = fit_classifier(classifier, images, labels, seed=seed, max_epochs=task.classifier_epochs)
+    print(report.lines(), flush=True)
+    classifier.save_pretrained(folder)
+    seconds = time.time() - started
+    report_path.write_text(json.dumps({"report": report.metrics(), "seconds": seconds}, indent=2) + "\n")
+    return classifier, report.metrics(), seconds
+
+
+def make_likelihood(
+    task: TaskConfig, config: CTRLConfig, pipe: DiffusionPipeline, folder: Path, device: torch.device
+) -> Likelihood:
+    """p(y | x) of all attributes: scorers as they are, and one classifier of all the others, kept in `folder`."""
+    attributes = task.attributes()
+    scorers = {attribute.name: import_function(attribute.scorer) for attribute in attributes if attribute.scorer is not None}
+    given = {
+        attribute.name: attribute.interval or Categorical(attribute.names) for attribute in attributes if attribute.name in scorers
+    }
+    classifier, report, seconds, num_labels = None, {}, 0.0, 0
+    if len(scorers) < len(attributes):
+        learned, images, labels = labelled_images(task, config, pipe)
+        num_labels = len(images)
+        classifier, report, seconds = fit_or_load_classifier(
+            task, learned, images, labels, folder, config.seed, bool(config.resume_from)
+        )
+        classifier.to(device)
+        given |= learned.attributes
+    space = LabelSpace({attribute.name: given[attribute.name] for attribute in attributes})
+    if not scorers:
+        return Likelihood(classifier_reward(classifier), space, classifier, report, seconds, num_labels)
+    own = {name: _alone(classifier, column) for column, name in enumerate(classifier.label_space.attributes)} if classifier else {}
+    return Likelihood(attribute_rewards({**own, **scorers}, space), space, None, report, seconds, num_labels)
+
+
+def _alone(classifier: Classifier, column: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """log p̂ of one attribute of a classifier: images, labels (B, 1) -> (B,) nats."""
+    whole = classifier_reward(classifier)
+
+    def reward(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        rows = torch.full((len(labels), len(classifier.label_space)), torch.nan, device=labels.device)
+        rows[:, column] = labels[:, 0]
+        return whole(images, rows)
+
+    return reward

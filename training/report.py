@@ -1,0 +1,83 @@
+"""What a finished run leaves for people: the table on the screen, metrics.json, the sample grid, the confusion matrices."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusers_ctrl.accuracy import LabelOracle, confusion_matrix, measure
+from diffusers_ctrl.evaluation import Samples, by_gamma
+from diffusers_ctrl.labels import Categorical, LabelSpace
+from figures import plot_asked_and_found, plot_confusion
+
+
+def print_table(metrics: dict[str, Any], names: Sequence[str]) -> None:
+    """The figures that matter, for a person: tuned, base and exact law side by side, then by gamma, by attribute and by label."""
+
+    def cell(name: str, digits: int = 3) -> str:
+        if metrics.get(name) is None:
+            return "-"
+        error = metrics.get(f"{name}_se")
+        return f"{metrics[name]:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+
+    print(f"\n{'':24}{'tuned':>18}{'base':>18}{'exact law':>18}")
+    for name in ("accuracy", "macro_f1", "prompt_accuracy", "log_likelihood"):
+        print(f"{name:24}{cell(name):>18}{cell('base_' + name):>18}{cell('exact_' + name):>18}")
+    print(f"{'log_partition (nats)':24}{cell('log_partition'):>18}{cell('base_log_partition'):>18}")
+    for name in ("objective", "kl", "gap", "gap_from_base"):
+        print(f"{name + ' (nats)':24}{cell(name):>18}")
+    print(f"{'effective sample size':24}{metrics['ess']:>18.0f}   (smallest prompt-label pair: {metrics['smallest_ess']:.1f})")
+    if metrics["gap_is_lower_bound"]:
+        print("warning: the effective sample size of some pair is under 10, so gap is only a lower bound.")
+    if metrics.get("base_smallest_ess", 10) < 10:
+        print("warning: the base samples' effective size is under 10 for some pair: gap_from_base is too small as well.")
+    for line in _attribute_lines(metrics):
+        print(line)
+    for gamma, row in by_gamma(metrics).items():
+        shown = {key: row.get(key) for key in ("accuracy", "exact_accuracy", "kl", "gap", "gap_from_base")}
+        print(f"  gamma {gamma:<16g}" + "  ".join(f"{k} {v:.3f}" for k, v in shown.items() if v is not None))
+    for name in names:
+        shown = {key: metrics.get(f"by_label.{name}.{key}") for key in ("accuracy", "kl", "gap")}
+        shown = {key: value for key, value in shown.items() if value is not None}
+        print(f"  {name:22}" + "  ".join(f"{k} {v:.3f}" for k, v in shown.items() if v is not None))
+
+
+def _attribute_lines(metrics: dict[str, Any]) -> list[str]:
+    """One line an attribute, where there are several or one is continuous; and one for each set of attributes that labels give."""
+    lines = []
+    for kind, names in (
+        ("by_attribute", ("accuracy", "correlation", "mean_error")),
+        ("by_given", ("accuracy", "exact_accuracy", "kl", "gap", "gap_from_base")),
+    ):
+        found = dict.fromkeys(key.split(".")[1] for key in metrics if key.startswith(f"{kind}."))
+        for name in found:
+            shown = {key: metrics.get(f"{kind}.{name}.{key}") for key in names}
+            if kind == "by_attribute":
+                shown |= {f"exact law's {key}": metrics.get(f"exact_{kind}.{name}.{key}") for key in names}
+            title = f"labels giving {name}" if kind == "by_given" else name
+            lines.append(f"  {title:22}" + "  ".join(f"{k} {v:.3f}" for k, v in shown.items() if v is not None))
+    return lines
+
+
+def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
+    """metrics.json, whole or not at all."""
+    (folder / "metrics.json.tmp").write_text(json.dumps(metrics, indent=2) + "\n")
+    os.replace(folder / "metrics.json.tmp", folder / "metrics.json")
+
+
+def plot_agreement(folder: Path, space: LabelSpace, labels: torch.Tensor, tuned: Samples, oracle: LabelOracle) -> None:
+    """confusion.png, or one confusion-NAME.png an attribute where there are several: what was asked for against what was found."""
+    asked, found = labels.cpu()[tuned.label_rows], measure(oracle, tuned.images, labels)
+    for column, (name, attribute) in enumerate(space.attributes.items()):
+        path = folder / ("confusion.png" if len(space) == 1 else f"confusion-{name}.png")
+        given = ~asked[:, column].isnan()
+        a, f = asked[given, column], found[given, column]
+        if isinstance(attribute, Categorical):
+            plot_confusion(confusion_matrix(a.long(), f.long(), len(attribute.names)), attribute.names, path)
+        else:
+            plot_asked_and_found(a, f, name, attribute.unit, path)

@@ -1,0 +1,239 @@
+"""What a run learns: the settings, how they are read from YAML and the command line, and what they name."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import diffusers
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+from transformers import HfArgumentParser
+
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from diffusers_ctrl import Continuous, CTRLConfig  # noqa: E402
+from diffusers_ctrl.adapters import resolve_folder  # noqa: E402
+from diffusers_ctrl.trainer import _option  # noqa: E402
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "digits_stroke.yaml"
+PER_ATTRIBUTE = ("dataset", "label_column", "labeller", "scorer", "oracle")
+NONE = "-"  # in a list with one entry an attribute: nothing for this one
+
+
+@dataclass(frozen=True)
+class AttributeTask:
+    """One attribute of a run. names: its classes where the settings give them; interval: of a continuous one."""
+
+    name: str
+    dataset: str
+    label_column: str
+    names: tuple[str, ...] | None
+    interval: Continuous | None
+    labeller: str | None
+    scorer: str | None
+    oracle: str | None
+
+
+@dataclass
+class TaskConfig:
+    """What is learned: base, labelled data, prompts, classifier, evaluation.
+
+    A run may learn several attributes. Then `attribute` lists them, and every other setting of an attribute is a list with one entry
+    for each in that order, '-' for none; a single entry serves all. Datasets may differ and need have no image in common.
+    """
+
+    base: str = _option("digits-base", "Base pipeline: a folder, an embedded model's name, or a Hub id.")
+    base_revision: str | None = _option(None, "Revision of the base on the Hub.")
+    attribute: list[str] = _option(["stroke"], "Names of the attributes that the labels are about.")
+    scheduler: str | None = _option(None, "diffusers scheduler class to use instead of the base's own, such as DDIMScheduler.")
+    dataset: list[str] = _option(
+        ["digits:stroke"],
+        "Labelled images of each attribute: a folder, a parquet file, a Hub id, 'digits:ATTRIBUTE' for the embedded digits, or "
+        "'base-samples' for the base's own samples, labelled by `labeller`.",
+    )
+    labeller: list[str] | None = _option(None, "module:function, images -> class or value, for dataset base-samples.")
+    scorer: list[str] | None = _option(
+        None,
+        "module:function, images (N, 3, H, W), labels (N, 1) -> (N,) log p(y|x) in nats: used in place of a learned classifier; "
+        "needs label_names or continuous. policy_gradient takes one without a gradient.",
+    )
+    num_labels: int | None = _option(600, "How many labelled images of each dataset are used, the first so many; null for all.")
+    image_column: str = _option("image", "The datasets' image column.")
+    label_column: list[str] = _option(["label"], "The dataset's label column.")
+    label_names: list[str] | None = _option(
+        None, "Classes in order; the dataset's own by default. With several attributes one entry each: 'thin|regular|bold'."
+    )
+    continuous: list[str] | None = _option(
+        None, "Attributes that are numbers, each as NAME:LOW:HIGH or NAME:LOW:HIGH:UNIT, the interval that labels may come from."
+    )
+    skip_unreadable: bool = _option(False, "Leave out images that cannot be read instead of stopping.")
+    prompts: list[str] = _option([""], "Training prompts, drawn uniformly.")
+    resolution: int | None = _option(None, "Pixels a side of the images; the base's native size by default.")
+    classifier_size: int = _option(32, "Pixels a side that the classifier sees.")
+    classifier_widths: list[int] = _option([8, 16, 32], "Channels of the classifier's stages.")
+    classifier_members: int = _option(
+        5, "Networks whose probabilities are averaged, each cross-fitted without a part of the labels."
+    )
+    classifier_coordinates: bool = _option(True, "Whether the classifier sees where a pixel is, as slant or position need.")
+    classifier_epochs: int = _option(80, "At most so many epochs; early stopping on labels that are held out.")
+    oracle: list[str] | None = _option(None, "module:function, images -> true class or value; for evaluation only.")
+    prompt_oracle: str | None = _option(None, "module:function, images, list of prompts -> bool; for evaluation only.")
+    eval_samples: int = _option(300, "Samples per label in the final evaluation.")
+    base_samples: int = _option(1500, "Base samples for log Z and for the exact law's own accuracy.")
+    dtype: str = _option("float32", "Precision of the frozen base: float32, bfloat16 or float16.")
+    push_to_hub: bool = _option(False, "Upload the adapter when done.")
+    hub_model_id: str | None = _option(None, "Hub repository of the adapter.")
+
+    def __post_init__(self) -> None:
+        if self.push_to_hub and not self.hub_model_id:
+            raise ValueError("--push_to_hub needs --hub_model_id USER/NAME.")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {self.dtype!r}.")
+        if self.scheduler is not None and not hasattr(diffusers, self.scheduler):
+            raise ValueError(f"scheduler {self.scheduler!r} is not a class of diffusers.")
+        for attribute in self.attributes():
+            named = attribute.names or attribute.interval
+            if (
+                attribute.dataset == "base-samples"
+                and not (attribute.labeller and named and self.num_labels)
+                and not attribute.scorer
+            ):
+                raise ValueError("dataset base-samples needs labeller, label_names (or continuous) and num_labels.")
+            if attribute.scorer and not named:
+                raise ValueError("scorer needs label_names, or continuous.")
+
+    def attributes(self) -> list[AttributeTask]:
+        """The run's attributes in order, each with its own settings.
+
+        Raises:
+            ValueError: for a list that has neither one entry nor one an attribute, or an interval that cannot be read.
+        """
+        count = len(self.attribute)
+        if not count or len(set(self.attribute)) != count:
+            raise ValueError(f"attribute must list one or more different names, got {self.attribute}.")
+        columns: dict[str, list[Any]] = {}
+        for setting in PER_ATTRIBUTE:
+            values = getattr(self, setting) or [NONE]
+            if len(values) not in (1, count):
+                raise ValueError(
+                    f"{setting} has {len(values)} entries for {count} attributes {self.attribute}: one each, or one for all."
+                )
+            columns[setting] = [None if v == NONE else v for v in (values * count if len(values) == 1 else values)]
+        if self.label_names is None or count == 1:
+            names: list[Any] = [self.label_names] * count
+        elif len(self.label_names) == count:
+            names = [None if entry == NONE else entry.split("|") for entry in self.label_names]
+        else:
+            raise ValueError(
+                f"label_names has {len(self.label_names)} entries for {count} attributes: one each, as 'low|high', or '-'."
+            )
+        intervals = self._intervals()
+        if unknown := sorted(set(intervals) - set(self.attribute)):
+            raise ValueError(f"continuous names {unknown}, which attribute does not list: {self.attribute}.")
+        return [
+            AttributeTask(
+                name=name,
+                names=None if names[i] is None else tuple(names[i]),
+                interval=intervals.get(name),
+                **{setting: values[i] for setting, values in columns.items()},
+            )
+            for i, name in enumerate(self.attribute)
+        ]
+
+    def _intervals(self) -> dict[str, Continuous]:
+        found = {}
+        for entry in self.continuous or []:
+            name, *rest = entry.split(":", 3)
+            try:
+                low, high, *unit = rest
+                found[name] = Continuous(float(low), float(high), *unit)
+            except ValueError as error:
+                raise ValueError(f"continuous must be NAME:LOW:HIGH or NAME:LOW:HIGH:UNIT, got {entry!r}.") from error
+        return found
+
+
+def parse_arguments(arguments: list[str] | None = None) -> tuple[TaskConfig, CTRLConfig]:
+    """Defaults < YAML file < command line. Raises ValueError for a key of the YAML file that is no field."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = HfArgumentParser((TaskConfig, CTRLConfig), description=__doc__, allow_abbrev=False)
+    parser.add_argument("--config", default=str(DEFAULT_CONFIG), help="YAML file with any of the fields below.")
+    config = next((a.split("=", 1)[1] for a in arguments if a.startswith("--config=")), None)
+    if config is None:
+        config = arguments[arguments.index("--config") + 1] if "--config" in arguments[:-1] else str(DEFAULT_CONFIG)
+    try:
+        values = yaml.safe_load(Path(config).read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {config} cannot be read: {error}.") from error
+    known = {f.name for f in (*fields(TaskConfig), *fields(CTRLConfig))}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"{config} has unknown fields {unknown}.")
+    # the file's values go through the parser as arguments of their own, so that they are checked as the command line's are
+    from_file: list[str] = []
+    kinds = {**get_type_hints(TaskConfig), **get_type_hints(CTRLConfig)}
+    for key, value in values.items():
+        kind = kinds[key]
+        if value is None and type(None) not in get_args(kind):
+            raise ValueError(f"{config}: {key} must not be null.")
+        wants_list = any(get_origin(part) is list for part in (kind, *get_args(kind)))
+        if key in ("attribute", *PER_ATTRIBUTE) and isinstance(value, str):
+            value = [value]
+        if value is not None and isinstance(value, (list, dict)) != wants_list:
+            raise ValueError(f"{config}: {key} must be {kind}, got {value!r}.")
+        if value is not None:
+            from_file += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    parser.set_defaults(**{key: None for key, value in values.items() if value is None})
+    try:
+        task, train, _ = parser.parse_args_into_dataclasses([*from_file, *arguments])
+    except SystemExit as error:
+        if error.code == 0:  # --help
+            raise
+        raise ValueError(f"The arguments, or the values in {config}, are not of the right kind; see above.") from error
+    return task, train
+
+
+def import_function(path: str | None) -> Callable[..., Any] | None:
+    """'module:function' -> the function."""
+    if path is None:
+        return None
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{path!r} is not module:function that can be imported: {error}.") from error
+
+
+def attribute_oracle(task: TaskConfig) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """The attributes' oracles as one: images -> (N, A) true classes and values. None unless every attribute has one."""
+    oracles = [import_function(attribute.oracle) for attribute in task.attributes()]
+    if any(oracle is None for oracle in oracles):
+        return None
+    return lambda images: torch.stack([oracle(images).double().cpu() for oracle in oracles], dim=1)
+
+
+def prompt_judge(path: str | None, prompts: list[str]) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
+    """The prompt oracle at `path` as a function of images and prompt rows."""
+    oracle = import_function(path)
+    if oracle is None:
+        return None
+    return lambda images, rows: oracle(images, [prompts[row] for row in rows.tolist()])
+
+
+def load_base(task: TaskConfig) -> DiffusionPipeline:
+    """The frozen base pipeline, with the task's scheduler where it names one."""
+    folder = resolve_folder(task.base, revision=task.base_revision)
+    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=DTYPES[task.dtype])
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.requires_grad_(False)
+    if task.scheduler is not None:
+        pipe.scheduler = getattr(diffusers, task.scheduler).from_config(pipe.scheduler.config)
+    return pipe

@@ -239,7 +239,7 @@ def test_a_changed_base_is_refused(tmp_path, pipe, whole):
         write(tmp_path, pipe)
     with torch.no_grad():
         pipe.unet.conv_out.bias[0] += 1e-3
-    with pytest.raises(ValueError, match="made with denoiser_weights = "):
+    with pytest.raises(ValueError, match="made with weights = "):
         write(tmp_path, pipe)
 
 

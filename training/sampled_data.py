@@ -32,8 +32,6 @@ from accelerate.utils import parse_flag_from_env
 from PIL import Image
 from tqdm.auto import tqdm
 
-from diffusers_ctrl.replay import row_arguments
-
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from labelled_data import MANIFEST, read_picture, shard_paths  # noqa: E402
@@ -163,17 +161,17 @@ def _described(labellers: Mapping[str, Labeller], label_names: Mapping[str, Sequ
 
 
 def _base_settings(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """What the law of the base's samples depends on: pipeline, scheduler, and a digest of the denoiser's weights."""
-    from diffusers_ctrl.bases import denoiser_of
-
+    """What the law of the base's samples depends on: pipeline, scheduler, and a digest of the weights."""
     digest = hashlib.sha256()
-    for name, weight in sorted(denoiser_of(pipe)[1].state_dict().items()):
-        digest.update(name.encode())
-        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for name, component in sorted(pipe.components.items()):
+        if isinstance(component, torch.nn.Module) and name != "safety_checker":
+            for key, weight in sorted(component.state_dict().items()):
+                digest.update(f"{name}.{key}".encode())
+                digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     config = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
     return {
         "pipeline": type(pipe).__name__,
-        "denoiser_weights": digest.hexdigest(),
+        "weights": digest.hexdigest(),
         "scheduler": [type(pipe.scheduler).__name__, config],
     }
 
@@ -211,6 +209,8 @@ def write_sampled_dataset(
         ValueError: if the folder holds a dataset of other settings (it names the first that differs); for labels that are not in
             their classes, not finite, or not one an image; for samples with NaN.
     """
+    from diffusers_ctrl.replay import row_arguments  # here, so that labelling a folder need not wait for diffusers
+
     if num_images < 1 or batch_size < 1 or shard_size < 1:
         raise ValueError(f"num_images, batch_size and shard_size must be positive, got {num_images}, {batch_size}, {shard_size}.")
     if not prompts:

@@ -60,6 +60,13 @@ def _with_coordinates(images: torch.Tensor) -> torch.Tensor:
     return torch.cat([images, torch.stack([x, y]).expand(len(images), -1, -1, -1)], dim=1)
 
 
+def resized(images: torch.Tensor, size: int) -> torch.Tensor:
+    """(B, C, H, W) -> (B, C, size, size), differentiable; the same tensor where it has this size."""
+    if images.shape[-2:] == (size, size):
+        return images
+    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+
+
 class Classifier(ModelMixin, ConfigMixin):
     """Small residual CNNs whose probabilities are averaged, with a calibrated head an attribute.
 
@@ -101,11 +108,7 @@ class Classifier(ModelMixin, ConfigMixin):
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) images in [0, 1] as the networks take them: resized, in [-1, 1]."""
-        size, dtype = self.config.image_size, self.networks[0].stem.weight.dtype
-        images = images.to(dtype)
-        if images.shape[-2:] != (size, size):
-            images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
-        return images * 2 - 1
+        return resized(images.to(self.networks[0].stem.weight.dtype), self.config.image_size) * 2 - 1
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         """(B, C, H, W) images in [0, 1] -> raw outputs, one tensor (members, B, n) an attribute (see calibration.py)."""

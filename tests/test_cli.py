@@ -14,9 +14,9 @@ from PIL import Image
 
 import task as settings_of_a_run
 import train_ctrl
-from diffusers_ctrl import Categorical, Continuous, CTRLConfig, CTRLPipeline, LabelSpace
+from diffusers_ctrl import Continuous, CTRLConfig, CTRLPipeline, LabelSpace
 from diffusers_ctrl.adapters import load_adapter
-from digits_data import PROMPTS
+from digits_data import PROMPTS, label_attribute
 
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
@@ -139,7 +139,7 @@ def test_the_names_in_metrics_json(run):
 def test_the_config_of_the_adapter(run, sd_folder):
     adapter = load_adapter(run)
     assert adapter.config.base["id"] == str(sd_folder)
-    assert adapter.label_encoder.label_space == LabelSpace(stroke=Categorical(LABELS))
+    assert adapter.label_encoder.label_space == LabelSpace(stroke=label_attribute("stroke"))
     assert adapter.config.sampler["num_inference_steps"] == 4
     assert adapter.config.sampler["options"] == {"eta": 1.0}
     assert all(value.any() for key, value in adapter.lora.items() if "lora_B" in key)  # it was trained

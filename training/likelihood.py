@@ -14,9 +14,10 @@ import torch
 from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
 
-from diffusers_ctrl import Categorical, Continuous, CTRLConfig, LabelSpace
+from diffusers_ctrl import Continuous, CTRLConfig, LabelSpace
 from diffusers_ctrl.bases import decoder, round_trip
-from diffusers_ctrl.classifiers import Classifier, fit_classifier
+from diffusers_ctrl.classifiers import Classifier, fit_classifier, resized
+from diffusers_ctrl.labels import Attribute
 from diffusers_ctrl.rewards import attribute_rewards, classifier_reward
 from digits_data import label_attribute, parse_part, write_digits_dataset
 from labelled_data import LabelledImages, load_labelled_images
@@ -54,19 +55,19 @@ def labelled_images(task: TaskConfig, config: CTRLConfig, pipe: DiffusionPipelin
         rows = torch.full((len(data.images), len(attributes)), torch.nan)
         for column, attribute in enumerate(own):
             rows[:, attributes.index(attribute)] = data.labels[:, column]
-            spaces[attribute.name] = _meaning(attribute) or Categorical(data.names[column])
+            spaces[attribute.name] = _meaning(attribute) or attribute.categorical(data.names[column])
         parts.append((data.images, rows))
     images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
     return LabelSpace({attribute.name: spaces[attribute.name] for attribute in attributes}), images, labels
 
 
-def _meaning(attribute: AttributeTask) -> Categorical | Continuous | None:
+def _meaning(attribute: AttributeTask) -> Attribute | None:
     """What the settings say of the attribute's labels; None where its dataset does."""
     if attribute.interval is not None:
         return attribute.interval
     if attribute.dataset.startswith("digits:") and attribute.scorer is None:
         return label_attribute(parse_part(attribute.dataset.removeprefix("digits:"))[0])
-    return None if attribute.names is None else Categorical(attribute.names)
+    return None if attribute.names is None else attribute.categorical(attribute.names)
 
 
 def _load(
@@ -102,7 +103,8 @@ def _load(
         kind=["continuous" if isinstance(_meaning(attribute), Continuous) else "categorical" for attribute in attributes],
         max_rows=task.num_labels,
         skip_unreadable=task.skip_unreadable,
-        transform=lambda images: round_trip(pipe, images),
+        # as the reward will see them, and no larger in memory than the classifier takes them
+        transform=lambda images: resized(round_trip(pipe, images), task.classifier_size),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -18,14 +18,14 @@ from transformers import HfArgumentParser
 
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from diffusers_ctrl import Continuous, CTRLConfig  # noqa: E402
+from diffusers_ctrl import Categorical, Continuous, CTRLConfig  # noqa: E402
 from diffusers_ctrl.adapters import resolve_folder  # noqa: E402
 from diffusers_ctrl.trainer import _option  # noqa: E402
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "digits_stroke.yaml"
-PER_ATTRIBUTE = ("dataset", "label_column", "labeller", "scorer", "oracle")
+PER_ATTRIBUTE = ("dataset", "label_column", "labeller", "scorer", "oracle", "label_thresholds", "label_units")
 NONE = "-"  # in a list with one entry an attribute: nothing for this one
 
 
@@ -41,6 +41,13 @@ class AttributeTask:
     labeller: str | None
     scorer: str | None
     oracle: str | None
+    label_thresholds: str | None
+    label_units: str | None
+
+    def categorical(self, names: Sequence[str]) -> Categorical:
+        """The attribute with these classes, and with the thresholds and the unit that the settings give."""
+        borders = None if self.label_thresholds is None else tuple(float(border) for border in self.label_thresholds.split("|"))
+        return Categorical(tuple(names), borders, self.label_units or "")
 
 
 @dataclass
@@ -72,6 +79,10 @@ class TaskConfig:
     label_names: list[str] | None = _option(
         None, "Classes in order; the dataset's own by default. With several attributes one entry each: 'thin|regular|bold'."
     )
+    label_thresholds: list[str] | None = _option(
+        None, "For the card: the borders between an attribute's classes, '0.2|0.4', where they were cut from a measurement."
+    )
+    label_units: list[str] | None = _option(None, "For the card: the unit of that measurement.")
     continuous: list[str] | None = _option(
         None, "Attributes that are numbers, each as NAME:LOW:HIGH or NAME:LOW:HIGH:UNIT, the interval that labels may come from."
     )
@@ -101,6 +112,8 @@ class TaskConfig:
         if self.scheduler is not None and not hasattr(diffusers, self.scheduler):
             raise ValueError(f"scheduler {self.scheduler!r} is not a class of diffusers.")
         for attribute in self.attributes():
+            if attribute.label_thresholds is not None and attribute.names is not None:
+                attribute.categorical(attribute.names)  # an error now, not after the data are read
             named = attribute.names or attribute.interval
             if (
                 attribute.dataset == "base-samples"

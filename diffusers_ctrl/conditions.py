@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from .replay import Replay, Step, call_arguments, denoiser_of, first, replay, stand_in
+from .bases import call_arguments, denoiser_of
+from .replay import Replay, Step, first, replay, stand_in
 
 
 class Slot(Enum):
@@ -88,8 +89,8 @@ class Plan:
 
     pipeline: its class. calls: of one step. conditional: number of the part, over all calls, that has the prompt.
     cfg_scale: s of u + s (c - u); None for a single part. guidance_scale: as the pipeline was asked. output_dtype, channels: of the
-    output that `scheduler.step` gets, (B, channels, *). shape, dtype: of the states, without the batch. grid: the arguments of
-    `set_timesteps`.
+    output that `scheduler.step` gets, (B, channels, *). shape, dtype: of the states, without the batch. grid: what
+    `set_timesteps` is given besides the number of steps.
     """
 
     pipeline: str
@@ -143,7 +144,7 @@ class Condition:
 
     @property
     def grid(self) -> dict[str, Any]:
-        """The arguments of `scheduler.set_timesteps` with which the pipeline sets its own timesteps."""
+        """What the pipeline gives `scheduler.set_timesteps` besides the number of steps: sigmas and mu of its own, for instance."""
         return self.plan.grid
 
     def output(
@@ -234,6 +235,11 @@ def record_conditions(
         tuple(_stacked([leaves[place].chunk(parts[place])[part] for _, leaves in found]) for part in range(parts[place]))
         for place in range(len(leaves))
     )
+    grid = {key: value for key, value in faked.grid.items() if key != "num_inference_steps"}
+    if len(faked.steps) != num_inference_steps:
+        raise ValueError(
+            f"{name} takes {len(faked.steps)} steps with its {type(pipe.scheduler).__name__} for num_inference_steps = {num_inference_steps}."
+        )
     conditional, cfg_scale = _guidance(name, faked, call_arguments(pipe, pair, num_inference_steps, guidance_scale, call))
     plan = Plan(
         pipeline=name,
@@ -246,7 +252,7 @@ def record_conditions(
         output_dtype=real.model_output.dtype,
         shape=tuple(real.state.shape[1:]),
         dtype=real.state.dtype,
-        grid=faked.grid,
+        grid=grid,
     )
     index = torch.arange(len(prompts), device=real.state.device)
     condition = Condition(plan, tensors, index)

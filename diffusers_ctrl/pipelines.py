@@ -30,6 +30,7 @@ from .adapters import (
     resolve_folder,
     save_adapter,
 )
+from .bases import denoiser_of
 from .classifiers import Classifier
 from .injection import (
     StrengthHook,
@@ -44,7 +45,6 @@ from .injection import (
 )
 from .labels import Label, LabelSpace
 from .particles import ParticlePool, PathRecorder
-from .replay import denoiser_of
 from .rollouts import Sampler
 from .transitions import supported_schedulers
 

@@ -30,7 +30,6 @@ class Sampler:
         scheduler: a diffusers scheduler with a Gaussian transition.
         num_inference_steps: K.
         options: keyword arguments of the transition, such as `eta` for DDIM.
-        grid: arguments of `set_timesteps`, where a pipeline sets them otherwise than by the number of steps alone.
 
     Raises:
         ValueError: if the scheduler has no Gaussian transition, or if every step is deterministic (eta = 0).
@@ -39,12 +38,11 @@ class Sampler:
     scheduler: Any
     num_inference_steps: int
     options: dict[str, Any] = field(default_factory=dict)
-    grid: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {self.num_inference_steps}.")
-        self.scheduler.set_timesteps(**self.grid or {"num_inference_steps": self.num_inference_steps})
+        self.scheduler.set_timesteps(self.num_inference_steps)
         probe = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
         noisy = []
         for t in self.timesteps:

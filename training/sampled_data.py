@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
-from diffusers_ctrl.replay import row_arguments
+from diffusers_ctrl.bases import row_arguments
 
 
 def write_sampled_dataset(

@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from diffusers_ctrl import Categorical, LabelSpace  # noqa: E402
-from diffusers_ctrl.bases import round_trip  # noqa: E402
+from diffusers_ctrl.decoding import round_trip  # noqa: E402
 from train_ctrl import fit_or_load_classifier, labelled_images, load_base, parse_arguments  # noqa: E402
 
 

@@ -37,10 +37,10 @@ from diffusers_ctrl.adapters import (  # noqa: E402
     resolve_folder,
     save_adapter,
 )
-from diffusers_ctrl.bases import decoder, round_trip  # noqa: E402
 from diffusers_ctrl.cards import save_card  # noqa: E402
 from diffusers_ctrl.classifiers import Classifier, fit_classifier  # noqa: E402
 from diffusers_ctrl.conditions import record_conditions  # noqa: E402
+from diffusers_ctrl.decoding import decoder, round_trip  # noqa: E402
 from diffusers_ctrl.evaluation import (  # noqa: E402
     by_gamma,
     confusion_matrix,

@@ -213,7 +213,7 @@ class StrengthHook(ModelHook):
         self.label_hook, self.layers = label_hook, list(layers)
         self.embedding: torch.Tensor | None = None
         self.strength = 1.0
-        self.base_timesteps: frozenset[int] = frozenset()
+        self.base_timesteps: frozenset[float] = frozenset()
         self.keeps_base = False
         self.base_output: torch.Tensor | None = None
 
@@ -222,7 +222,7 @@ class StrengthHook(ModelHook):
         strength = self.strength
         if self.embedding is None:
             strength = 0.0
-        elif self.base_timesteps and int(torch.as_tensor(timestep).flatten()[0]) in self.base_timesteps:
+        elif self.base_timesteps and float(torch.as_tensor(timestep).flatten()[0]) in self.base_timesteps:
             strength = 0.0
         if strength == 1.0 and not self.keeps_base:
             return self._tuned(*args, **kwargs)

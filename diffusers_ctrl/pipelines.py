@@ -46,7 +46,7 @@ from .injection import (
 from .labels import Label, LabelSpace
 from .particles import ParticlePool, PathRecorder
 from .rollouts import Sampler
-from .transitions import supported_schedulers
+from .transitions import is_supported, scheduler_class, supported_schedulers
 
 
 HUB_KWARGS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only")
@@ -313,9 +313,9 @@ class CTRLPipeline(DiffusionPipeline):
 
     def _labelled_scheduler(self, sampler: dict[str, Any]) -> Any:
         """The pipeline's scheduler, or, where that has no Gaussian step, the one that the adapter was trained with."""
-        if type(self.scheduler).__name__ in supported_schedulers() or sampler["scheduler"] not in supported_schedulers():
+        if is_supported(self.scheduler) or sampler["scheduler"] not in supported_schedulers():
             return self.scheduler
-        return getattr(diffusers, sampler["scheduler"]).from_config(sampler["scheduler_config"])
+        return scheduler_class(sampler["scheduler"]).from_config(sampler["scheduler_config"])
 
     def _check_gamma(self, gamma: float | None) -> float:
         config = self._ctrl_config

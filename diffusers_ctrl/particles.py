@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .injection import StrengthHook
+from .controls import StrengthHook
 from .rollouts import Sampler
 from .transitions import transition
 

@@ -12,30 +12,19 @@ exception: there 1 - a/p is as small as betas[1], so that it is good to u / beta
 
 import copy
 import itertools
-import math
 
-import diffusers
 import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
 )
 from torch.distributions import Independent, Normal, kl_divergence
 
-from diffusers_ctrl import MemorylessFlowMatchScheduler
-from diffusers_ctrl.rollouts import Sampler
 from diffusers_ctrl.transitions import (
     Transition,
-    is_supported,
-    model_input,
-    scheduler_class,
-    start_snr,
     supported_schedulers,
     transition,
 )

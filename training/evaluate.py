@@ -29,6 +29,7 @@ from diffusers_ctrl.evaluation import confusion_matrix, draw_samples, evaluate, 
 from diffusers_ctrl.injection import load_lora_state_dict  # noqa: E402
 from diffusers_ctrl.rewards import classifier_reward  # noqa: E402
 from diffusers_ctrl.rollouts import Environment, Sampler  # noqa: E402
+from diffusers_ctrl.sampling import labelled_scheduler  # noqa: E402
 from diffusers_ctrl.trainer import _option  # noqa: E402
 from figures import plot_confusion, plot_samples, sample_rows  # noqa: E402
 from train_ctrl import TaskConfig, import_function, parse_arguments, print_table, prompt_judge  # noqa: E402
@@ -61,7 +62,7 @@ def adapter_environment(adapter: Adapter, task: TaskConfig) -> tuple[Policy, Env
         guidance_scale=settings["guidance_scale"],
     )
     space = adapter.label_encoder.label_space
-    pipe.scheduler, steps = pipe._labelled_scheduler(settings), settings["num_inference_steps"]
+    pipe.scheduler, steps = labelled_scheduler(pipe.scheduler, settings), settings["num_inference_steps"]
     conditions = record_conditions(pipe, task.prompts, num_inference_steps=steps, guidance_scale=settings["guidance_scale"])
     environment = Environment(
         Sampler(pipe.scheduler, steps, settings["options"], conditions.grid),

@@ -4,12 +4,20 @@ import functools
 import inspect
 
 import diffusers
+import families
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
+)
 from families import BUILDERS, build
 
-from diffusers_ctrl.conditions import Condition, record_conditions
+from diffusers_ctrl import CTRLPipeline
+from diffusers_ctrl.conditions import Condition, Repeated, Rows, _fill, _template, record_conditions
 from diffusers_ctrl.labels import Categorical, LabelSpace
 from diffusers_ctrl.policy import Policy
 
@@ -188,6 +196,78 @@ def test_what_the_denoiser_is_told_of_t():
     torch.testing.assert_close(recorded(family).plan.times(400.0), torch.tensor(100.0))
     unknown = recorded(prepared("ddpm")).plan.times
     assert unknown(7) == 7 and unknown(7).dtype == torch.int64
+
+
+def lumina():
+    """A family that none of this was written for: it is told 1 - t / 1000, calls twice, and turns the sign around."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokenizer, encoder = families._gemma()
+        transformer = Lumina2Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            hidden_size=24,
+            num_layers=1,
+            num_refiner_layers=1,
+            num_attention_heads=2,
+            num_kv_heads=1,
+            multiple_of=2,
+            axes_dim_rope=(4, 4, 4),
+            axes_lens=(128, 32, 32),
+            cap_feat_dim=16,
+        )
+        scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+        pipe = Lumina2Pipeline(transformer, scheduler, families._vae(shift_factor=0.1), encoder, tokenizer)
+        for module in (transformer, pipe.vae, encoder):
+            families._spread(module)
+            module.eval().requires_grad_(False)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"prompt": list(families.PROMPTS), "height": 32, "width": 32, "max_sequence_length": 24, "cfg_normalization": False}
+    return families.Family("lumina2", pipe, call, "prompt", scheduler, {"guidance_scale": 3.0})
+
+
+def test_a_family_that_nobody_thought_of():
+    family = lumina()
+    conditions, steps = recorded(family, True), real_steps(family, True, only=1)
+    plan = conditions.plan
+    assert (plan.sign, plan.conditional, plan.cfg_scale, len(plan.calls)) == (-1, 0, 3.0, 2)
+    torch.testing.assert_close(plan.times(250.0), torch.tensor(0.75))
+    policy = perturbed_policy(family, 3.0, injection_site="time_caption_embed.timestep_embedder")
+    for t, state, output in steps:
+        with torch.no_grad():
+            assert torch.equal(policy.reference(state, t, conditions[1:]), output)
+
+
+def test_guidance_that_is_normalised_is_refused():
+    with pytest.raises(ValueError, match="Lumina2Pipeline .*more than classifier-free guidance"):
+        recorded(lumina(), True, cfg_normalization=True)
+
+
+def test_a_pipeline_with_an_adapter_at_rest_is_recorded_as_its_base(sd_folder, sd_adapter):
+    base = diffusers.StableDiffusionPipeline.from_pretrained(sd_folder)
+    pipe = CTRLPipeline.from_pretrained(sd_folder, adapter=sd_adapter)
+    given = {"num_inference_steps": STEPS, "guidance_scale": 2.0}
+    expected, found = record_conditions(base, ["one", "two"], **given), record_conditions(pipe, ["one", "two"], **given)
+    assert found.plan.pipeline == "StableDiffusionPipeline" and found.plan.calls == expected.plan.calls
+    for a, b in zip(expected.tensors, found.tensors, strict=True):
+        assert all(map(torch.equal, a, b))
+    assert pipe("one", label="bold", num_inference_steps=STEPS, output_type="pt").images.isfinite().all()
+
+
+def test_lists_with_an_entry_a_row_are_repeated():
+    """As pipelines give sizes, (height, width) a sample."""
+    leaves = []
+    one, two = {"sizes": [(4, 8)], "text": torch.zeros(1, 3)}, {"sizes": [(4, 8)] * 2, "text": torch.zeros(2, 3)}
+    template = _template("Pipeline", one, two, 1, leaves)
+    assert template == {"sizes": Repeated((4, 8)), "text": Rows(0)} and len(leaves) == 1
+    filled = _fill(template, ((torch.ones(5, 3),),), torch.zeros(5, 2), torch.tensor(1))
+    assert filled["sizes"] == [(4, 8)] * 5 and filled["text"].shape == (5, 3)
+    for other in ({"sizes": [(4, 8), (8, 4)]}, {"sizes": [(4, 8)] * 3}, {"sizes": None}):
+        with pytest.raises(ValueError, match="Pipeline gives its denoiser sizes"):
+            _template("Pipeline", {"sizes": [(4, 8)]}, other, 1, [])
+    with pytest.raises(ValueError, match=r"Pipeline gives its denoiser text of shape \(1, 3\) for one prompt and \(2, 4\) for two"):
+        _template("Pipeline", {"text": torch.zeros(1, 3)}, {"text": torch.zeros(2, 4)}, 1, [])
 
 
 def test_a_batch_may_have_a_timestep_for_each_sample():

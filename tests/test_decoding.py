@@ -78,6 +78,16 @@ def test_scales_a_channel_are_measured_where_nothing_is_written():
         torch.testing.assert_close(decode(states), images, rtol=1e-4, atol=1e-5)
 
 
+def test_an_autoencoder_that_the_pipeline_widens_is_widened_here_and_left_alone_there():
+    family, arguments = prepared("stable_diffusion_xl", torch.float16)
+    assert family.pipe.vae.config.force_upcast
+    decode = decoder(family.pipe, **arguments)
+    assert decode.autoencoder.dtype == torch.float32 and family.pipe.vae.dtype == torch.float16
+    states, images = final_states(family)
+    with torch.no_grad():
+        torch.testing.assert_close(decode(states), images, rtol=1e-2, atol=1e-2)
+
+
 def test_a_size_that_is_not_the_native_one():
     family, arguments = prepared("flux")
     decode = decoder(family.pipe, **arguments | {"height": 24, "width": 16})

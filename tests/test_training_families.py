@@ -194,3 +194,10 @@ def test_the_rollout_is_the_pipeline_s_own_trajectory(name, tmp_path):
             z = (states[k + 1][1] - law.mean) / law.std
         # what is left of the pipeline's own step is a standard normal
         assert abs(z.mean()) < 5 / z.numel() ** 0.5 and abs(z.std() - 1) < 5 / (2 * z.numel()) ** 0.5
+
+
+def test_a_coarse_start_needs_a_grid_that_follows_from_the_number_of_steps(tmp_path):
+    with pytest.raises(ValueError, match="coarse_updates cannot be had here: the pipeline sets .'mu', 'sigmas'. of its own"):
+        trainer("flux", tmp_path, coarse_updates=1, coarse_steps=2)
+    run = trainer("stable_diffusion", tmp_path, coarse_updates=1, coarse_steps=2)
+    assert run.train()[0]["kl"] == 0  # on timesteps that were not recorded

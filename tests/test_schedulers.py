@@ -279,6 +279,7 @@ def test_diffusers_pipelines_take_it_by_from_config(tmp_path, build, dynamic):
     assert pipe.scheduler.step_index == 4 and pipe.scheduler.sigmas[0] == 1.0
     assert torch.equal(call(pipe), first)
     pipe.save_pretrained(tmp_path)
-    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    left_out = {name: None for name, value in pipe.components.items() if value is None}
+    loaded = DiffusionPipeline.from_pretrained(tmp_path, **left_out)
     assert type(loaded.scheduler) is MemorylessFlowMatchScheduler
-    assert torch.equal(call(loaded), first)
+    torch.testing.assert_close(call(loaded), first)

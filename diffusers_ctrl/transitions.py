@@ -412,7 +412,8 @@ def _flow_match_euler(
     """FlowMatchEuler's `stochastic_sampling`: N((1 − s')·clean, s'²), clean = x − s·v, with all of the noise drawn afresh.
 
     Memoryless from s = 1, where clean is the constant E[clean] for an exact model. But it is no sampler of the flow: the noise of x, which
-    belongs to it, is thrown away, and the law of x_K is too narrow however many steps are taken (`MemorylessFlowMatchScheduler` is not).
+    belongs to it, is thrown away, and the law of x_K is too narrow however many steps are taken (`MemorylessFlowMatchScheduler` is not). Give
+    sigmas that end at 1/K: with its own, which end at 0.001, one step has so little noise that its KL is needlessly sharp.
     """
     _check_settings(scheduler)
     s, s_next = _sigmas(scheduler, t)

@@ -7,13 +7,22 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
+from conftest import SPACE
+from diffusers import (
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from diffusers.utils import BaseOutput
 from PIL import Image
+from test_schedulers import tiny_sd3
 
-from diffusers_ctrl import CTRLPipeline
-from diffusers_ctrl.adapters import load_adapter
+from diffusers_ctrl import Classifier, CTRLPipeline, MemorylessFlowMatchScheduler, Policy
+from diffusers_ctrl.adapters import AdapterConfig, collect_adapter, denoiser_sha256, load_adapter, package_versions
+from diffusers_ctrl.injection import remove_label_hook, remove_lora
 from diffusers_ctrl.particles import ParticlePool, effective_sample_size
+from diffusers_ctrl.pipelines import ctrl_pipeline_class
 
 
 PROMPT = "a handwritten seven"
@@ -144,6 +153,61 @@ def test_the_step_without_noise_is_the_bases_with_every_scheduler(other):
     finally:
         del hook._tuned
     assert len(seen) == 3 and last not in seen
+
+
+@pytest.fixture(scope="module")
+def flow_pipe():
+    """A tiny StableDiffusion3Pipeline with an adapter of random weights, trained, as it were, with the memoryless scheduler."""
+    plain = tiny_sd3(FlowMatchEulerDiscreteScheduler(shift=3.0))
+    pipe = ctrl_pipeline_class(type(plain))(**plain.components)
+    sha256 = denoiser_sha256(pipe.transformer)
+    policy = Policy(pipe.transformer, label_space=SPACE, lora_rank=2)
+    for parameters in policy.trainable_parameters().values():
+        for parameter in parameters:
+            torch.nn.init.normal_(parameter, std=0.3)
+    config = AdapterConfig(
+        base={"id": "tiny-sd3", "revision": None, "denoiser_sha256": sha256},
+        pipeline_class=type(plain).__name__,
+        denoiser="transformer",
+        label_space=SPACE.to_dict(),
+        gamma=1.0,
+        gamma_range=None,
+        sampler={
+            "scheduler": "MemorylessFlowMatchScheduler",
+            "scheduler_config": {"shift": 3.0},
+            "num_inference_steps": 4,
+            "guidance_scale": 1.0,
+            "options": {},
+        },
+        injection_site=policy.injection_site,
+        versions=package_versions(),
+        metrics={},
+    )
+    classifier = Classifier(SPACE.to_dict(), image_size=8, widths=(4, 8), temperatures=(1.5,)).eval()
+    adapter = collect_adapter(config, pipe.transformer, policy.label_encoder, classifier)
+    remove_label_hook(pipe.transformer, policy.injection_site)
+    remove_lora(pipe.transformer)
+    pipe.load_ctrl_adapter(adapter)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_a_flow_pipeline_is_sampled_with_the_memoryless_scheduler(flow_pipe):
+    """Its own takes steps without noise: the adapter's takes over, by its name and configuration, for the labelled call only."""
+    torch.manual_seed(0)
+    embeds = torch.randn(1, 3, 16)
+    call = {"prompt_embeds": embeds, "pooled_prompt_embeds": embeds[:, 0], "height": 8, "width": 8, "output_type": "pt"}
+    assert type(flow_pipe._labelled_scheduler(flow_pipe._ctrl_config.sampler)) is MemorylessFlowMatchScheduler
+    found = []
+    for strength in (0.2, 0.0):
+        torch.manual_seed(1)  # the pipeline gives its scheduler no generator
+        output = flow_pipe(label="bold", num_particles=300, particle_batch_size=150, strength=strength, **call)
+        found.append(output.log_weights)
+    assert type(flow_pipe.scheduler) is FlowMatchEulerDiscreteScheduler
+    assert found[0].std() > 0.1 > 2 * found[1].std()
+    means = [w.exp().mean().item() for w in found]
+    errors = [w.exp().std().item() / 300**0.5 for w in found]
+    assert abs(means[0] - means[1]) < 4 * math.hypot(*errors) and errors[0] < 0.2 * means[0]
 
 
 def test_the_base_has_the_classifiers_probability_as_weight(pipe):

@@ -20,9 +20,9 @@ from test_schedulers import tiny_sd3
 
 from diffusers_ctrl import Classifier, CTRLPipeline, MemorylessFlowMatchScheduler, Policy
 from diffusers_ctrl.adapters import AdapterConfig, collect_adapter, denoiser_sha256, load_adapter, package_versions
-from diffusers_ctrl.injection import remove_label_hook, remove_lora
 from diffusers_ctrl.particles import ParticlePool, effective_sample_size
 from diffusers_ctrl.pipelines import ctrl_pipeline_class
+from diffusers_ctrl.transitions import model_input, transition
 
 
 PROMPT = "a handwritten seven"
@@ -141,27 +141,29 @@ def test_the_weights_have_the_mean_z_with_every_scheduler(other):
 
 
 def test_the_step_without_noise_is_the_bases_with_every_scheduler(other):
-    """The last of the four, on which the tuned model is not even asked."""
-    (last,) = other._sampler({}).deterministic_timesteps
-    seen, hook = {}, other._ctrl_hook
-    plain = hook._tuned
-    hook._tuned = lambda *args, **kwargs: seen.setdefault(
-        float(args[1] if len(args) > 1 else kwargs["timestep"]), plain(*args, **kwargs)
-    )
-    try:
-        other(PROMPT, label="bold", generator=generator(), output_type="pt")
-    finally:
-        del hook._tuned
-    assert len(seen) == 3 and last not in seen
+    states = []
+    call = {
+        "label": "bold",
+        "output_type": "latent",
+        "callback_on_step_end": lambda pipe, k, t, kept: states.append(kept["latents"]) or kept,
+    }
+    other(PROMPT, generator=generator(), **call)
+    scheduler = type(other.scheduler).from_config(other.scheduler.config)
+    scheduler.set_timesteps(len(states))
+    t, embeds = scheduler.timesteps[-1], other.encode_prompt(PROMPT, "cpu", 1, False)[0]
+    with torch.no_grad():
+        output = other.unet(model_input(scheduler, t, states[-2]), t, encoder_hidden_states=embeds).sample  # no label: the base
+    law = transition(scheduler, output, t, states[-2])
+    assert len(states) == 4 and law.is_deterministic
+    torch.testing.assert_close(states[-1], law.mean, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
 def flow_pipe():
     """A tiny StableDiffusion3Pipeline with an adapter of random weights, trained, as it were, with the memoryless scheduler."""
-    plain = tiny_sd3(FlowMatchEulerDiscreteScheduler(shift=3.0))
-    pipe = ctrl_pipeline_class(type(plain))(**plain.components)
-    sha256 = denoiser_sha256(pipe.transformer)
-    policy = Policy(pipe.transformer, label_space=SPACE, lora_rank=2)
+    plain, same = (tiny_sd3(FlowMatchEulerDiscreteScheduler(shift=3.0)) for _ in range(2))
+    sha256 = denoiser_sha256(same.transformer)
+    policy = Policy(same.transformer, label_space=SPACE, lora_rank=2)
     for parameters in policy.trainable_parameters().values():
         for parameter in parameters:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -184,10 +186,8 @@ def flow_pipe():
         metrics={},
     )
     classifier = Classifier(SPACE.to_dict(), image_size=8, widths=(4, 8), temperatures=(1.5,)).eval()
-    adapter = collect_adapter(config, pipe.transformer, policy.label_encoder, classifier)
-    remove_label_hook(pipe.transformer, policy.injection_site)
-    remove_lora(pipe.transformer)
-    pipe.load_ctrl_adapter(adapter)
+    pipe = ctrl_pipeline_class(type(plain))(**plain.components)
+    pipe.load_ctrl_adapter(collect_adapter(config, same.transformer, policy.label_encoder, classifier))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -196,14 +196,18 @@ def test_a_flow_pipeline_is_sampled_with_the_memoryless_scheduler(flow_pipe):
     """Its own takes steps without noise: the adapter's takes over, by its name and configuration, for the labelled call only."""
     torch.manual_seed(0)
     embeds = torch.randn(1, 3, 16)
-    call = {"prompt_embeds": embeds, "pooled_prompt_embeds": embeds[:, 0], "height": 8, "width": 8, "output_type": "pt"}
-    assert type(flow_pipe._labelled_scheduler(flow_pipe._ctrl_config.sampler)) is MemorylessFlowMatchScheduler
-    found = []
-    for strength in (0.2, 0.0):
+    inputs = {"prompt_embeds": embeds, "pooled_prompt_embeds": embeds[:, 0], "height": 8, "width": 8, "output_type": "pt"}
+
+    def call(**kwargs):
         torch.manual_seed(1)  # the pipeline gives its scheduler no generator
-        output = flow_pipe(label="bold", num_particles=300, particle_batch_size=150, strength=strength, **call)
-        found.append(output.log_weights)
-    assert type(flow_pipe.scheduler) is FlowMatchEulerDiscreteScheduler
+        return flow_pipe(label="bold", **inputs, **kwargs)
+
+    own, images = flow_pipe.scheduler, call().images
+    found = [call(num_particles=300, particle_batch_size=150, strength=strength).log_weights for strength in (0.2, 0.0)]
+    assert flow_pipe.scheduler is own and type(own) is FlowMatchEulerDiscreteScheduler
+    flow_pipe.scheduler = MemorylessFlowMatchScheduler.from_config(own.config)
+    assert torch.equal(call().images, images)
+    flow_pipe.scheduler = own
     assert found[0].std() > 0.1 > 2 * found[1].std()
     means = [w.exp().mean().item() for w in found]
     errors = [w.exp().std().item() / 300**0.5 for w in found]

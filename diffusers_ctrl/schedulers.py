@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,  # noqa: F401 (a pipeline's component loads only if its base is found beside it)
+)
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -29,6 +33,12 @@ def posterior_coefficients(now: tuple[float, float], following: tuple[float, flo
     return a_next * (1 - r * r), r * s_next / s, s_next * math.sqrt(max(1 - r * r, 0.0))
 
 
+def check_direction(scheduler: FlowMatchEulerDiscreteScheduler) -> None:
+    """Raises ValueError for `invert_sigmas`, with which diffusers' stochastic steps end on noise."""
+    if scheduler.config.invert_sigmas:
+        raise ValueError(f"{type(scheduler).__name__} with invert_sigmas=True ends on noise, not on the sample: set it to False.")
+
+
 class MemorylessFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
     """Samples a flow model with noise, so that the end of a trajectory does not remember its start.
 
@@ -43,13 +53,29 @@ class MemorylessFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
     N(a'(1 − r²)·clean + r (s'/s)·x, s'²(1 − r²)), r = (a / s)·(s'/a'), a = 1 − s; see `posterior_coefficients`. That is finite at both ends, has
     the SDE above as its limit, has the right law whatever the step if the clean sample is known, and is memoryless by construction: on the
     first step, from s = 1, r = 0, so that x_0 enters through its clean sample alone, which is the constant E[clean] for an exact model.
-    The last step, to s = 0, is without noise: the clean sample.
+    The last step, to s = 0, is without noise: the clean sample. In few steps its samples are somewhat too narrow, as DDIM's are at eta = 1.
+    Euler's method, with t + h in place of t against the infinity, is less so for an exact velocity; but its states carry 1.5 to 2.9 times the
+    noise that the model expects, and more of the gap is out of any control's reach (benchmarks/flow_steps.py measures both).
 
-    Configuration, timesteps and sigmas are those of FlowMatchEulerDiscreteScheduler, dynamic shifting included. `stochastic_sampling` has no
-    meaning here.
+    Configuration and shifting, the dynamic one included, are those of FlowMatchEulerDiscreteScheduler; `stochastic_sampling` has no meaning
+    here. Without given sigmas or timesteps, K steps go from 1 to 1/K before the shift, as FluxPipeline gives them, and then to 0: the
+    parent's own go to 0.001, with a last but one step of so little noise that its KL is needlessly sharp.
 
         pipe.scheduler = MemorylessFlowMatchScheduler.from_config(pipe.scheduler.config)
     """
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+        timesteps: list[float] | None = None,
+    ) -> None:
+        """As the parent's; see the class for the sigmas where none are given."""
+        if sigmas is None and timesteps is None and num_inference_steps is not None:
+            sigmas = np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps).tolist()
+        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
 
     def law(self, output: torch.Tensor, index: int, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Mean (B, *), std (one number) and clean estimate (B, *) of the step from `sigmas[index]`; nothing of the scheduler changes.
@@ -57,10 +83,7 @@ class MemorylessFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         Raises:
             ValueError: for `invert_sigmas`, which turns the direction of time round.
         """
-        if self.config.invert_sigmas:
-            raise ValueError(
-                f"{type(self).__name__} goes from noise to data: invert_sigmas=True is not supported, set it to False."
-            )
+        check_direction(self)
         s, s_next = self.sigmas[index].item(), self.sigmas[index + 1].item()
         clean_weight, state_weight, std = posterior_coefficients((1 - s, s), (1 - s_next, s_next))
         clean = sample - s * output

@@ -27,7 +27,7 @@ from diffusers import (
 )
 from diffusers.utils.torch_utils import randn_tensor
 
-from .schedulers import MemorylessFlowMatchScheduler, posterior_coefficients
+from .schedulers import MemorylessFlowMatchScheduler, check_direction, posterior_coefficients
 
 
 def _sum_but_first(value: torch.Tensor) -> torch.Tensor:
@@ -203,17 +203,12 @@ def _(scheduler: FlowMatchEulerDiscreteScheduler) -> None:
             f"FlowMatchEulerDiscreteScheduler with stochastic_sampling=False {_NO_NOISE}: use MemorylessFlowMatchScheduler, for instance "
             "`pipe.scheduler = MemorylessFlowMatchScheduler.from_config(pipe.scheduler.config)`, or stochastic_sampling=True."
         )
-    _check_direction(scheduler)
+    check_direction(scheduler)
 
 
 @_check_settings.register
 def _(scheduler: MemorylessFlowMatchScheduler) -> None:
-    _check_direction(scheduler)
-
-
-def _check_direction(scheduler: FlowMatchEulerDiscreteScheduler) -> None:
-    if scheduler.config.invert_sigmas:
-        raise ValueError(f"{type(scheduler).__name__} with invert_sigmas=True ends on noise, not on the sample: set it to False.")
+    check_direction(scheduler)
 
 
 def _check_prediction(scheduler: Any, known: tuple[str, ...]) -> None:
@@ -417,7 +412,8 @@ def _flow_match_euler(
     """FlowMatchEuler's `stochastic_sampling`: N((1 − s')·clean, s'²), clean = x − s·v, with all of the noise drawn afresh.
 
     Memoryless from s = 1, where clean is the constant E[clean] for an exact model. But it is no sampler of the flow: the noise of x, which
-    belongs to it, is thrown away, and the law of x_K is too narrow however many steps are taken (`MemorylessFlowMatchScheduler` is not).
+    belongs to it, is thrown away, and the law of x_K is too narrow however many steps are taken (`MemorylessFlowMatchScheduler` is not). Give
+    sigmas that end at 1/K: with its own, which end at 0.001, one step has so little noise that its KL is needlessly sharp.
     """
     _check_settings(scheduler)
     s, s_next = _sigmas(scheduler, t)

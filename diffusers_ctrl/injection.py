@@ -5,6 +5,7 @@ Both go in and come out of any diffusers denoiser (U-Net or transformer) without
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -164,7 +165,9 @@ def add_lora(
         raise ValueError(f"This {type(denoiser).__name__} already carries a LoRA named {adapter_name!r}: take it out first.")
     denoiser.requires_grad_(False)
     try:
-        inject_adapter_in_model(config, denoiser, adapter_name=adapter_name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # another adapter is in: that is allowed
+            inject_adapter_in_model(config, denoiser, adapter_name=adapter_name)
     except ValueError as error:
         remove_lora(denoiser, adapter_name)
         raise ValueError(f"LoRA cannot be put on {type(denoiser).__name__} with targets {targets}: {error}") from error

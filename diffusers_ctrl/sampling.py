@@ -251,8 +251,12 @@ def sample_particles(
             while pool.count < count:
                 share = min(max(1, batch_size // images), count - pool.count)
                 arguments = dict(kwargs, return_dict=True, output_type="pt")
-                many = "batch_size" if "batch_size" in kwargs else "num_images_per_prompt"
-                arguments[many] = (images if many == "batch_size" else repeats) * share
+                if "batch_size" in kwargs:
+                    arguments["batch_size"] = images * share
+                elif "class_labels" in kwargs:
+                    arguments["class_labels"] = [given for given in kwargs["class_labels"] for _ in range(share)]
+                else:
+                    arguments["num_images_per_prompt"] = repeats * share
                 if isinstance(generator, list):
                     arguments["generator"] = [g for g in generator for _ in range(share)]
                 recorder.reset()

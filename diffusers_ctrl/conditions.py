@@ -204,7 +204,8 @@ def record_conditions(
 
     Args:
         prompts: texts; class numbers or names for a pipeline that takes `class_labels`; [""] for an unconditional one.
-        call: more arguments of the pipeline's call, such as height and width, negative_prompt, true_cfg_scale.
+        call: more arguments of the pipeline's call, such as height and width, true_cfg_scale, or negative_prompt (one text for all, or a
+            list with one for each prompt).
 
     Raises:
         ValueError: if what the pipeline does with its denoiser is not of the kind described above, or differs from what was
@@ -213,17 +214,21 @@ def record_conditions(
     if not prompts:
         raise ValueError("No prompt was given: at least one is needed, [''] for a pipeline without text.")
     name = type(pipe).__name__.removeprefix("CTRL")
-    pair = [prompts[0], prompts[-1]]
+    last = len(prompts) - 1
 
-    def run(of: Sequence[str | int], **options: Any) -> Replay:
-        return replay(pipe, call_arguments(pipe, of, num_inference_steps, guidance_scale, call), **options)
+    def arguments(*rows: int) -> dict[str, Any]:
+        own = {
+            key: [value[row] for row in rows] if _is_per_prompt(name, key, value, len(prompts)) else value
+            for key, value in call.items()
+        }
+        return call_arguments(pipe, [prompts[row] for row in rows], num_inference_steps, guidance_scale, own)
 
-    real = run(pair, max_steps=1).steps[0]
+    real = replay(pipe, arguments(0, last), max_steps=1).steps[0]
     _check_start(name, pipe, real)
-    faked = run(pair, answer=stand_in(real))
+    faked = replay(pipe, arguments(0, last), answer=stand_in(real))
     # each prompt alone: its tensors are those that grow with the batch; the last one with the real denoiser, to be compared with
-    singles = [run([prompt], answer=stand_in(real), max_steps=1).steps[0] for prompt in prompts[:-1]]
-    singles.append(run(prompts[-1:], max_steps=1).steps[0])
+    singles = [replay(pipe, arguments(row), answer=stand_in(real), max_steps=1).steps[0] for row in range(last)]
+    singles.append(replay(pipe, arguments(last), max_steps=1).steps[0])
     places = _places(pipe)
     found = [_templates(name, single, real, places) for single in singles]
     calls, leaves = found[0]
@@ -242,7 +247,7 @@ def record_conditions(
         raise ValueError(
             f"{name} takes {len(faked.steps)} steps with its {type(pipe.scheduler).__name__} for num_inference_steps = {num_inference_steps}."
         )
-    conditional, cfg_scale, sign = _guidance(name, faked, call_arguments(pipe, pair, num_inference_steps, guidance_scale, call))
+    conditional, cfg_scale, sign = _guidance(name, faked, arguments(0, last))
     plan = Plan(
         pipeline=name,
         calls=calls,
@@ -327,6 +332,14 @@ def _fill(tree: Any, tensors: tuple[tuple[torch.Tensor, ...], ...], sample: torc
 
 
 # -- reading a recording --
+
+
+def _is_per_prompt(name: str, key: str, value: Any, count: int) -> bool:
+    if not (key.startswith("negative_prompt") and isinstance(value, (list, tuple))):
+        return False
+    if len(value) != count:
+        raise ValueError(f"{name} got {len(value)} {key} for {count} prompts: one for each is needed, or one text for all.")
+    return True
 
 
 def _places(pipe: DiffusionPipeline) -> tuple[str, str, int]:

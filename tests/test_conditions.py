@@ -68,6 +68,8 @@ def real_steps(family, guided=False, only=None):
     of sample `only` drawn alone."""
     seen, scheduler, step = [], family.pipe.scheduler, family.pipe.scheduler.step
     call = {**(family.call if only is None else family.one(only)), **family.options, **(family.guided if guided else {})}
+    if only is not None and isinstance(call.get("negative_prompt"), list):
+        call["negative_prompt"] = call["negative_prompt"][only]
     if "guidance_scale" in inspect.signature(family.pipe.__call__).parameters:
         call.setdefault("guidance_scale", 1.0)
     rows = 2 if only is None else 1
@@ -104,12 +106,12 @@ def test_the_reference_is_what_the_pipeline_gives_its_scheduler_bit_for_bit(name
 @pytest.mark.parametrize("name", GUIDED)
 def test_guidance_is_by_hand_with_the_label_on_the_conditional_part_alone(name):
     family = prepared(name)
-    other = {} if name == "dit" else {"negative_prompt": "nil"}
+    other = {} if name == "dit" else {"negative_prompt": "nil"}  # the same for both prompts
     guided = recorded(family, True, **other)
     alone = recorded(family)
     null = recorded(family, prompts=[1000] if name == "dit" else ["nil"])
     t, state, _ = real_steps(family)[1]
-    policy = perturbed_policy(family)
+    policy = perturbed_policy(family, alone.plan.guidance_scale)
     with torch.no_grad():
         labels = torch.tensor([[0.0], [2.0]])
         conditional = policy(state, t, labels, None, alone)
@@ -347,6 +349,7 @@ def _from_an_image(self, batch_size, *args, **kwargs):
         ("stable_diffusion", {"latents": torch.zeros(1)}, "'latents'"),
         ("ddpm", {"guidance_scale": 3.0}, "DDPMPipeline takes no guidance_scale"),
         ("dit", {"prompts": ["a cat"]}, "does not know 'a cat'"),
+        ("sana", {"negative_prompt": ["one"]}, "1 negative_prompt for 2 prompts"),
     ],
 )
 def test_bad_arguments_are_named(name, changes, message):

@@ -6,7 +6,7 @@ known here. `record_conditions` runs the pipeline with the training prompts, mos
 - a template of each denoiser call: where the state goes, where the time goes, which tensors belong to a prompt, what is shared;
 - how the time that the denoiser gets depends on the scheduler's t;
 - how the calls' answers become the output that `scheduler.step` gets: classifier-free guidance u + s (c - u) in either order, in one
-  batch or in two calls, and channels that are left out (a learned variance);
+  batch or in two calls, its sign, and channels that are left out (a learned variance);
 - the arguments of `scheduler.set_timesteps`, the shape of the states, their dtype.
 
 Then it compares: the output restated from the recording, and the one that the real denoiser led the real pipeline to. The law that is
@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from .replay import Replay, Step, call_arguments, denoiser_of, first, replay, stand_in
+from .bases import call_arguments, denoiser_of
+from .replay import Replay, Step, first, replay, stand_in
 
 
 class Slot(Enum):
@@ -87,9 +88,10 @@ class Plan:
     """How a pipeline calls its denoiser and what it makes of the answers; the same for all prompts.
 
     pipeline: its class. calls: of one step. conditional: number of the part, over all calls, that has the prompt.
-    cfg_scale: s of u + s (c - u); None for a single part. guidance_scale: as the pipeline was asked. output_dtype, channels: of the
-    output that `scheduler.step` gets, (B, channels, *). shape, dtype: of the states, without the batch. grid: the arguments of
-    `set_timesteps`.
+    cfg_scale: s of u + s (c - u); None for a single part. sign: 1, or -1 for a pipeline that turns its denoiser's output around.
+    guidance_scale: as the pipeline was asked. output_dtype, channels: of the
+    output that `scheduler.step` gets, (B, channels, *). shape, dtype: of the states, without the batch. grid: what
+    `set_timesteps` is given besides the number of steps.
     """
 
     pipeline: str
@@ -97,6 +99,7 @@ class Plan:
     times: Times
     conditional: int
     cfg_scale: float | None
+    sign: int
     guidance_scale: float
     channels: int
     output_dtype: torch.dtype
@@ -143,7 +146,7 @@ class Condition:
 
     @property
     def grid(self) -> dict[str, Any]:
-        """The arguments of `scheduler.set_timesteps` with which the pipeline sets its own timesteps."""
+        """What the pipeline gives `scheduler.set_timesteps` besides the number of steps: sigmas and mu of its own, for instance."""
         return self.plan.grid
 
     def output(
@@ -180,11 +183,11 @@ class Condition:
                 added = torch.cat([embedding if number == plan.conditional else torch.zeros_like(embedding) for number in numbers])
             answer = call(*filled, added).to(plan.output_dtype)
             answers += answer[:, : plan.channels].chunk(template.parts)
-        conditional = answers[plan.conditional]
-        if plan.cfg_scale is None:
-            return conditional
-        unconditional = answers[1 - plan.conditional]
-        return unconditional + plan.cfg_scale * (conditional - unconditional)
+        output = answers[plan.conditional]
+        if plan.cfg_scale is not None:
+            unconditional = answers[1 - plan.conditional]
+            output = unconditional + plan.cfg_scale * (output - unconditional)
+        return output if plan.sign > 0 else -output
 
 
 def record_conditions(
@@ -197,12 +200,12 @@ def record_conditions(
 ) -> Condition:
     """The conditions of `prompts`, one row each, as `pipe(prompt, num_inference_steps=…, guidance_scale=…, **call)` makes them.
 
-    The pipeline's scheduler must be the one that training samples with. Costs one denoiser call with two prompts, and each prompt's
-    encoding; the tensors of a prompt are kept, nothing else.
+    The pipeline's scheduler must be the one that training samples with. Costs four denoiser calls, and each prompt's encoding; the tensors of a prompt are kept, nothing else.
 
     Args:
         prompts: texts; class numbers or names for a pipeline that takes `class_labels`; [""] for an unconditional one.
-        call: more arguments of the pipeline's call, such as height and width, negative_prompt, true_cfg_scale.
+        call: more arguments of the pipeline's call, such as height and width, true_cfg_scale, or negative_prompt (one text for all, or a
+            list with one for each prompt).
 
     Raises:
         ValueError: if what the pipeline does with its denoiser is not of the kind described above, or differs from what was
@@ -211,16 +214,21 @@ def record_conditions(
     if not prompts:
         raise ValueError("No prompt was given: at least one is needed, [''] for a pipeline without text.")
     name = type(pipe).__name__.removeprefix("CTRL")
-    pair = [prompts[0], prompts[-1]]
+    last = len(prompts) - 1
 
-    def run(of: Sequence[str | int], **options: Any) -> Replay:
-        return replay(pipe, call_arguments(pipe, of, num_inference_steps, guidance_scale, call), **options)
+    def arguments(*rows: int) -> dict[str, Any]:
+        own = {
+            key: [value[row] for row in rows] if _is_per_prompt(name, key, value, len(prompts)) else value
+            for key, value in call.items()
+        }
+        return call_arguments(pipe, [prompts[row] for row in rows], num_inference_steps, guidance_scale, own)
 
-    real = run(pair, max_steps=1).steps[0]
+    real = replay(pipe, arguments(0, last), max_steps=1).steps[0]
     _check_start(name, pipe, real)
-    faked = run(pair, answer=stand_in(real))
-    # each prompt alone: its tensors are those that grow with the batch
-    singles = [run([prompt], answer=stand_in(real), max_steps=1).steps[0] for prompt in prompts]
+    faked = replay(pipe, arguments(0, last), answer=stand_in(real))
+    # each prompt alone: its tensors are those that grow with the batch; the last one with the real denoiser, to be compared with
+    singles = [replay(pipe, arguments(row), answer=stand_in(real), max_steps=1).steps[0] for row in range(last)]
+    singles.append(replay(pipe, arguments(last), max_steps=1).steps[0])
     places = _places(pipe)
     found = [_templates(name, single, real, places) for single in singles]
     calls, leaves = found[0]
@@ -234,23 +242,29 @@ def record_conditions(
         tuple(_stacked([leaves[place].chunk(parts[place])[part] for _, leaves in found]) for part in range(parts[place]))
         for place in range(len(leaves))
     )
-    conditional, cfg_scale = _guidance(name, faked, call_arguments(pipe, pair, num_inference_steps, guidance_scale, call))
+    grid = {key: value for key, value in faked.grid.items() if key != "num_inference_steps"}
+    if len(faked.steps) != num_inference_steps:
+        raise ValueError(
+            f"{name} takes {len(faked.steps)} steps with its {type(pipe.scheduler).__name__} for num_inference_steps = {num_inference_steps}."
+        )
+    conditional, cfg_scale, sign = _guidance(name, faked, arguments(0, last))
     plan = Plan(
         pipeline=name,
         calls=calls,
         times=_times(name, faked, places),
         conditional=conditional,
         cfg_scale=cfg_scale,
+        sign=sign,
         guidance_scale=guidance_scale,
         channels=real.model_output.shape[1],
         output_dtype=real.model_output.dtype,
         shape=tuple(real.state.shape[1:]),
         dtype=real.state.dtype,
-        grid=faked.grid,
+        grid=grid,
     )
     index = torch.arange(len(prompts), device=real.state.device)
     condition = Condition(plan, tensors, index)
-    _verify(name, pipe, condition[[0, len(prompts) - 1]], real, faked)
+    _verify(name, pipe, condition, singles[-1], real, faked)
     return condition
 
 
@@ -318,6 +332,14 @@ def _fill(tree: Any, tensors: tuple[tuple[torch.Tensor, ...], ...], sample: torc
 
 
 # -- reading a recording --
+
+
+def _is_per_prompt(name: str, key: str, value: Any, count: int) -> bool:
+    if not (key.startswith("negative_prompt") and isinstance(value, (list, tuple))):
+        return False
+    if len(value) != count:
+        raise ValueError(f"{name} got {len(value)} {key} for {count} prompts: one for each is needed, or one text for all.")
+    return True
 
 
 def _places(pipe: DiffusionPipeline) -> tuple[str, str, int]:
@@ -446,8 +468,8 @@ def _line(grid: Sequence[float], values: torch.Tensor) -> tuple[float, float] | 
     return (slope, offset) if (slope * x + offset - y).abs().max() <= tolerance else None
 
 
-def _guidance(name: str, faked: Replay, arguments: dict[str, Any]) -> tuple[int, float | None]:
-    """(number of the conditional part, s) from what the pipeline made of random answers: weights (1 - s, s) in either order."""
+def _guidance(name: str, faked: Replay, arguments: dict[str, Any]) -> tuple[int, float | None, int]:
+    """(number of the conditional part, s, sign) from what the pipeline made of random answers: weights (1 - s, s) in either order."""
     weights = []
     for step in faked.steps:
         parts, channels = _parts(step, 2), step.model_output.shape[1]
@@ -461,13 +483,15 @@ def _guidance(name: str, faked: Replay, arguments: dict[str, Any]) -> tuple[int,
         matrix = torch.stack([part[:, :channels].double().flatten() for part in parts], dim=1)
         weights.append(torch.linalg.lstsq(matrix, step.model_output[:2].double().reshape(-1, 1)).solution.flatten())
     mean = torch.stack(weights).mean(0)
+    sign = 1 if mean.sum() > 0 else -1
     if len(mean) == 1:
-        return 0, None
+        return 0, None, sign
+    mean = sign * mean
     conditional = int(mean.argmax())
     scale = mean[conditional].item()
     asked = [float(value) for value in arguments.values() if isinstance(value, (int, float)) and not isinstance(value, bool)]
     close = [value for value in asked if abs(value - scale) <= 1e-2 * abs(scale)]
-    return conditional, min(close, key=lambda value: abs(value - scale)) if close else scale
+    return conditional, min(close, key=lambda value: abs(value - scale)) if close else scale, sign
 
 
 def _parts(step: Step, rows: int) -> list[torch.Tensor]:
@@ -492,22 +516,27 @@ def _check_start(name: str, pipe: DiffusionPipeline, step: Step) -> None:
 
 
 @torch.no_grad()
-def _verify(name: str, pipe: DiffusionPipeline, condition: Condition, real: Step, faked: Replay) -> None:
-    """Raises ValueError unless the recording gives the outputs that the pipeline gave its scheduler, with the real denoiser and at
-    every step with random answers."""
-    denoiser = denoiser_of(pipe)[1]
-    rounding = torch.finfo(real.model_output.dtype).eps * max(1.0, condition.plan.cfg_scale or 1.0)
-    # the real denoiser may round a batch otherwise than the pipeline's own call; of given answers the same is made to the bit, or near
-    steps = [(real, lambda args, kwargs, _: first(denoiser(*args, **kwargs)), 8 * rounding)]
+def _verify(name: str, pipe: DiffusionPipeline, condition: Condition, single: Step, pair: Step, faked: Replay) -> None:
+    """Raises ValueError unless the recording gives the outputs that the pipeline gave its scheduler: with the real denoiser for the
+    last prompt alone and for the first and the last together, and at every step with random answers."""
+    denoiser, both = denoiser_of(pipe)[1], condition[[0, len(condition) - 1]]
+    rounding = torch.finfo(single.model_output.dtype).eps * max(1.0, condition.plan.cfg_scale or 1.0)
+
+    def real(args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> torch.Tensor:
+        return first(denoiser(*args, **kwargs))
+
+    # in company a prompt is encoded with another rounding, which a denoiser may enlarge: there only rows in each other's place are sought
+    steps = [(condition[-1:], single, real, 8 * rounding), (both, pair, real, 0.02 + 8 * rounding)]
     for step in faked.steps:
         answers = iter([first(call.output) for call in step.calls])
-        steps.append((step, lambda args, kwargs, _, answers=answers: next(answers), 2 * rounding))
-    for step, call, tolerance in steps:
-        found = condition.output(call, step.model_input[:2], step.t).double()
-        for one in step.model_output.double().split(2):
+        steps.append((both, step, lambda args, kwargs, _, answers=answers: next(answers), 2 * rounding))
+    for rows, step, call, tolerance in steps:
+        found = rows.output(call, step.model_input[: len(rows)], step.t).double()
+        for one in step.model_output.double().split(len(rows)):
             error = (found - one).norm() / one.norm()
             if not error <= tolerance:
                 raise ValueError(
                     f"{name} gives its scheduler another output than was restated from its denoiser's calls (relative error "
-                    f"{error:.2g} at timestep {float(step.t):g}): it does more than classifier-free guidance, so its law cannot be tuned."
+                    f"{error:.2g} at timestep {float(step.t):g}): it does more than classifier-free guidance, or not the same twice (dropout in "
+                    "a component that is not in eval mode), so its law cannot be tuned."
                 )

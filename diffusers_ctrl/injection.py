@@ -5,7 +5,8 @@ Both go in and come out of any diffusers denoiser (U-Net or transformer) without
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,24 +20,27 @@ from torch import nn
 
 SITE_NAMES = ("time_embedding", "timestep_embedder", "time_embedder")
 HOOK_NAME = "ctrl_label"
-STRENGTH_HOOK_NAME = "ctrl_strength"
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
-def find_injection_site(denoiser: nn.Module, injection_site: str | None = None) -> tuple[str, nn.Module]:
-    """Path and module of the denoiser's time embedding, whose output (B, D) the label is added to.
+def find_injection_sites(denoiser: nn.Module, injection_site: str | None = None) -> tuple[str, list[nn.Module]]:
+    """Path and modules of the denoiser's time embedding, to whose output (B, D) the label is added.
+
+    Most denoisers embed the time once. Where every block does it anew (DiT), the path has `*` in place of the blocks' numbers, and
+    the label is added in all of them.
 
     Args:
-        injection_site: a module path inside the denoiser, for models whose time embedding has another name.
+        injection_site: a module path inside the denoiser, for models whose time embedding has another name; `*` for any number.
 
     Raises:
         ValueError: if there is no such module; the message lists candidates.
     """
     modules = dict(denoiser.named_modules())
     if injection_site is not None:
-        if injection_site not in modules or not injection_site:
+        found = [name for name in modules if name and _matches(name, injection_site)]
+        if not found:
             raise ValueError(f"{type(denoiser).__name__} has no module {injection_site!r}. {_candidates(modules)}")
-        return injection_site, modules[injection_site]
+        return injection_site, [modules[name] for name in found]
     found = [name for name in modules if name.rsplit(".", 1)[-1] in SITE_NAMES]
     if not found:
         raise ValueError(
@@ -44,12 +48,30 @@ def find_injection_site(denoiser: nn.Module, injection_site: str | None = None) 
             f"injection_site='path.of.module'. {_candidates(modules)}"
         )
     name = min(found, key=lambda n: (n.count("."), len(n)))
-    return name, modules[name]
+    pattern = ".".join("*" if part.isdigit() else part for part in name.split("."))
+    alike = [n for n in found if _matches(n, pattern)]
+    return (name if len(alike) == 1 else pattern), [modules[n] for n in alike]
+
+
+def find_injection_site(denoiser: nn.Module, injection_site: str | None = None) -> tuple[str, nn.Module]:
+    """`find_injection_sites`, with the first of the modules only: they are all alike."""
+    path, modules = find_injection_sites(denoiser, injection_site)
+    return path, modules[0]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    parts, wanted = name.split("."), pattern.split(".")
+    return len(parts) == len(wanted) and all(
+        part == want or (want == "*" and part.isdigit()) for part, want in zip(parts, wanted, strict=True)
+    )
 
 
 def _candidates(modules: dict[str, nn.Module]) -> str:
-    names = [name for name in modules if "time" in name.rsplit(".", 1)[-1] or "emb" in name.rsplit(".", 1)[-1]][:12]
-    return f"Candidates: {', '.join(names)}." if names else "No module here has 'time' or 'emb' in its name."
+    last = {name: name.rsplit(".", 1)[-1] for name in modules}
+    names = [name for name in modules if "time" in last[name]] + [name for name in modules if "emb" in last[name]]
+    if not names:
+        return "No module here has 'time' or 'emb' in its name."
+    return f"Candidates: {', '.join(list(dict.fromkeys(names))[:12])}."
 
 
 def site_width(site: nn.Module) -> int:
@@ -60,38 +82,58 @@ def site_width(site: nn.Module) -> int:
     return linears[-1].out_features
 
 
-class LabelHook(ModelHook):
-    """Adds `embedding` (n, D) to the site's output. Rows beyond n are a guidance batch: they come first and get zeros."""
+class LabelInput:
+    """What the label hooks of one adapter add in the denoiser's current call.
+
+    embedding: (n, D), one row a sample, or None for nothing. guided: a batch of len(guided)·n rows is a guidance batch; its parts
+    get the label (True) or none (False).
+    """
 
     def __init__(self) -> None:
-        super().__init__()
         self.embedding: torch.Tensor | None = None
+        self.guided: tuple[bool, ...] = (False, True)
+
+    def rows(self, output: torch.Tensor) -> torch.Tensor:
+        """The embedding for an output (B, D), in its dtype and on its device."""
+        embedding = self.embedding.to(output)
+        if len(output) == len(embedding):
+            return embedding
+        if len(output) != len(self.guided) * len(embedding):
+            raise ValueError(f"Got {len(embedding)} labels for a denoiser batch of {len(output)}: one a sample is needed.")
+        return torch.cat([embedding if given else torch.zeros_like(embedding) for given in self.guided])
+
+
+class LabelHook(ModelHook):
+    """Adds the label's embedding to the output (B, D) of one time embedding."""
+
+    def __init__(self, label: LabelInput) -> None:
+        super().__init__()
+        self.label = label
 
     def post_forward(self, module: nn.Module, output: torch.Tensor) -> torch.Tensor:
-        if self.embedding is None:
+        if self.label.embedding is None:
             return output
-        embedding, rows = self.embedding.to(output), output.shape[0]
-        if rows == 2 * len(embedding):
-            embedding = torch.cat([torch.zeros_like(embedding), embedding])
-        elif rows != len(embedding):
-            raise ValueError(f"Got {len(embedding)} labels for a denoiser batch of {rows}: one a sample is needed.")
-        return output + embedding
+        if not isinstance(output, torch.Tensor) or output.ndim != 2:
+            shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+            raise ValueError(f"The injection site {type(module).__name__} gives {shape}; a tensor (batch, width) is needed.")
+        return output + self.label.rows(output)
 
 
-def add_label_hook(denoiser: nn.Module, injection_site: str | None = None) -> LabelHook:
-    """Registers the hook on the denoiser's time embedding; with no embedding set it changes nothing."""
-    _, site = find_injection_site(denoiser, injection_site)
-    registry = HookRegistry.check_if_exists_or_initialize(site)
-    if registry.get_hook(HOOK_NAME) is not None:
-        raise ValueError("This denoiser already carries a label adapter: unload it first.")
-    hook = LabelHook()
-    registry.register_hook(hook, HOOK_NAME)
-    return hook
+def add_label_hook(denoiser: nn.Module, injection_site: str | None = None, adapter_name: str = "default") -> LabelInput:
+    """Registers a hook on each of the denoiser's time embeddings; with no embedding set they change nothing."""
+    _, sites = find_injection_sites(denoiser, injection_site)
+    label, name = LabelInput(), f"{HOOK_NAME}.{adapter_name}"
+    registries = [HookRegistry.check_if_exists_or_initialize(site) for site in sites]
+    if any(registry.get_hook(name) is not None for registry in registries):
+        raise ValueError(f"This denoiser already carries a label adapter named {adapter_name!r}: unload it first.")
+    for registry in registries:
+        registry.register_hook(LabelHook(label), name)
+    return label
 
 
-def remove_label_hook(denoiser: nn.Module, injection_site: str | None = None) -> None:
-    _, site = find_injection_site(denoiser, injection_site)
-    HookRegistry.check_if_exists_or_initialize(site).remove_hook(HOOK_NAME, recurse=False)
+def remove_label_hook(denoiser: nn.Module, injection_site: str | None = None, adapter_name: str = "default") -> None:
+    for site in find_injection_sites(denoiser, injection_site)[1]:
+        HookRegistry.check_if_exists_or_initialize(site).remove_hook(f"{HOOK_NAME}.{adapter_name}", recurse=False)
 
 
 def add_lora(
@@ -123,7 +165,9 @@ def add_lora(
         raise ValueError(f"This {type(denoiser).__name__} already carries a LoRA named {adapter_name!r}: take it out first.")
     denoiser.requires_grad_(False)
     try:
-        inject_adapter_in_model(config, denoiser, adapter_name=adapter_name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # another adapter is in: that is allowed
+            inject_adapter_in_model(config, denoiser, adapter_name=adapter_name)
     except ValueError as error:
         remove_lora(denoiser, adapter_name)
         raise ValueError(f"LoRA cannot be put on {type(denoiser).__name__} with targets {targets}: {error}") from error
@@ -172,12 +216,21 @@ def load_lora_state_dict(denoiser: nn.Module, state: dict[str, torch.Tensor], ad
 
 
 def remove_lora(denoiser: nn.Module, adapter_name: str = "default") -> None:
-    """Takes the adapter out again; layers left without any adapter become the plain layers they were."""
+    """Takes the adapter out again; layers left without any adapter become the plain layers they were.
+
+    Other adapters keep what they had: peft would activate one in place of the one that leaves, and make it trainable.
+    """
+    trained = {parameter: parameter.requires_grad for parameter in denoiser.parameters()}
     for name, layer in lora_layers(denoiser, adapter_name).items():
+        active = [other for other in layer.active_adapters if other != adapter_name]
+        layer._active_adapter = active
         layer.delete_adapter(adapter_name)
+        layer._active_adapter = active
         if not layer.lora_A:
             parent, _, child = name.rpartition(".")
             setattr(denoiser.get_submodule(parent), child, layer.get_base_layer())
+    for parameter in denoiser.parameters():
+        parameter.requires_grad_(trained[parameter])
     if not any(isinstance(module, BaseTunerLayer) for module in denoiser.modules()):
         denoiser.__dict__.pop("peft_config", None)
     elif adapter_name in getattr(denoiser, "peft_config", {}):
@@ -201,64 +254,19 @@ def lora_disabled(layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
             layer._disable_adapters = flag
 
 
-class StrengthHook(ModelHook):
-    """On the denoiser itself: runs base + strength · (tuned − base), and the base alone on steps that have no noise.
+@contextmanager
+def lora_chosen(layers: Sequence[BaseTunerLayer], names: Collection[str], chosen: str | None) -> Iterator[None]:
+    """Runs the block with `chosen`, or none, of the adapters `names` on; adapters of other names stay as they are.
 
-    With no embedding set the denoiser is the base, bit for bit. The second forward is paid for only where strength ∉ {0, 1}, or
-    where `keeps_base` asks for the base's output beside the tuned one (`base_output`).
+    By flags alone, like `lora_disabled`. A layer on which nothing is on is bypassed: the base, bit for bit.
     """
-
-    def __init__(self, label_hook: LabelHook, layers: Sequence[BaseTunerLayer]) -> None:
-        super().__init__()
-        self.label_hook, self.layers = label_hook, list(layers)
-        self.embedding: torch.Tensor | None = None
-        self.strength = 1.0
-        self.base_timesteps: frozenset[int] = frozenset()
-        self.keeps_base = False
-        self.base_output: torch.Tensor | None = None
-
-    def new_forward(self, module: nn.Module, *args, **kwargs):
-        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        strength = self.strength
-        if self.embedding is None:
-            strength = 0.0
-        elif self.base_timesteps and int(torch.as_tensor(timestep).flatten()[0]) in self.base_timesteps:
-            strength = 0.0
-        if strength == 1.0 and not self.keeps_base:
-            return self._tuned(*args, **kwargs)
-        base = self._base(*args, **kwargs)
-        if self.keeps_base:
-            self.base_output = base if isinstance(base, torch.Tensor) else base[0]
-        if strength == 0.0:
-            return base
-        tuned = self._tuned(*args, **kwargs)
-        if strength == 1.0:
-            return tuned
-        if isinstance(tuned, torch.Tensor):
-            return torch.lerp(base, tuned, strength)
-        mixed = torch.lerp(base[0], tuned[0], strength)
-        if isinstance(tuned, tuple):
-            return (mixed, *tuned[1:])
-        return type(tuned)(sample=mixed)
-
-    def _base(self, *args, **kwargs):
-        with lora_disabled(self.layers):
-            return self.fn_ref.original_forward(*args, **kwargs)
-
-    def _tuned(self, *args, **kwargs):
-        self.label_hook.embedding = self.embedding
-        try:
-            return self.fn_ref.original_forward(*args, **kwargs)
-        finally:
-            self.label_hook.embedding = None
-
-
-def add_strength_hook(denoiser: nn.Module, label_hook: LabelHook, adapter_name: str = "default") -> StrengthHook:
-    """Registers the hook that switches and mixes base and tuned model."""
-    hook = StrengthHook(label_hook, lora_layers(denoiser, adapter_name).values())
-    HookRegistry.check_if_exists_or_initialize(denoiser).register_hook(hook, STRENGTH_HOOK_NAME)
-    return hook
-
-
-def remove_strength_hook(denoiser: nn.Module) -> None:
-    HookRegistry.check_if_exists_or_initialize(denoiser).remove_hook(STRENGTH_HOOK_NAME, recurse=False)
+    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    for layer in layers:
+        others = [] if layer._disable_adapters else [n for n in layer.active_adapters if n not in names and n in layer.lora_A]
+        on = [*others, chosen] if chosen in layer.lora_A else others
+        layer._active_adapter, layer._disable_adapters = on, not on
+    try:
+        yield
+    finally:
+        for layer, (active, disabled) in zip(layers, before, strict=True):
+            layer._active_adapter, layer._disable_adapters = active, disabled

@@ -313,10 +313,10 @@ def _flux(name: str) -> Family:
     return Family(
         name,
         pipe,
-        call={"prompt": list(PROMPTS), "height": 16, "width": 16, "max_sequence_length": 24},
+        call={"prompt": list(PROMPTS), "guidance_scale": 3.5, "height": 16, "width": 16, "max_sequence_length": 24},
         samples="prompt",
         noisy=FlowMatchEulerDiscreteScheduler(**shifting, stochastic_sampling=True),
-        guided=None if distilled else {"true_cfg_scale": 3.0, "negative_prompt": ""},
+        guided=None if distilled else {"true_cfg_scale": 3.0, "negative_prompt": ["", ""]},
         img2img="FluxImg2ImgPipeline",
     )
 

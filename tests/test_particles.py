@@ -1,17 +1,28 @@
 """Exact sampling: the draw follows the weights, the weights are those of the path, and the pipeline is left as it was."""
 
+import functools
 import math
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
+from conftest import SPACE
+from diffusers import (
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from diffusers.utils import BaseOutput
 from PIL import Image
+from test_schedulers import tiny_sd3
 
-from diffusers_ctrl import CTRLPipeline
-from diffusers_ctrl.adapters import load_adapter
+from diffusers_ctrl import Classifier, CTRLPipeline, MemorylessFlowMatchScheduler, Policy
+from diffusers_ctrl.adapters import AdapterConfig, collect_adapter, denoiser_sha256, load_adapter, package_versions
 from diffusers_ctrl.particles import ParticlePool, effective_sample_size
+from diffusers_ctrl.pipelines import ctrl_pipeline_class
+from diffusers_ctrl.transitions import model_input, transition
 
 
 PROMPT = "a handwritten seven"
@@ -101,6 +112,106 @@ def test_the_weights_have_the_mean_z_whatever_the_model(pipe, kwargs):
     errors = [w.exp().std().item() / 20 for w in (tuned, base)]
     assert abs(means[0] - means[1]) < 4 * math.hypot(*errors)
     assert errors[0] < 0.2 * means[0]
+
+
+@pytest.fixture(
+    params=[
+        EulerAncestralDiscreteScheduler,
+        functools.partial(DPMSolverMultistepScheduler.from_config, algorithm_type="sde-dpmsolver++", solver_order=1),
+        DDPMScheduler,
+    ],
+    ids=["euler", "dpm", "ddpm"],
+)
+def other(request, pipe):
+    """The pipeline with another scheduler that has noise: its states may be scaled for the denoiser."""
+    own, kind = pipe.scheduler, request.param
+    pipe.scheduler = kind.from_config(own.config) if isinstance(kind, type) else kind(own.config)
+    yield pipe
+    pipe.scheduler = own
+
+
+def test_the_weights_have_the_mean_z_with_every_scheduler(other):
+    tuned = particles(other, 240, strength=0.1, particle_batch_size=120).log_weights
+    base = particles(other, 240, seed=1, particle_batch_size=120, strength=0.0).log_weights
+    assert tuned.std() > 2 * base.std() and torch.isfinite(tuned).all()  # the path's ratio is in them
+    means = [w.exp().mean().item() for w in (tuned, base)]
+    errors = [w.exp().std().item() / 240**0.5 for w in (tuned, base)]
+    assert abs(means[0] - means[1]) < 4 * math.hypot(*errors)
+    assert errors[0] < 0.2 * means[0]
+
+
+def test_the_step_without_noise_is_the_bases_with_every_scheduler(other):
+    states = []
+    call = {
+        "label": "bold",
+        "output_type": "latent",
+        "callback_on_step_end": lambda pipe, k, t, kept: states.append(kept["latents"]) or kept,
+    }
+    other(PROMPT, generator=generator(), **call)
+    scheduler = type(other.scheduler).from_config(other.scheduler.config)
+    scheduler.set_timesteps(len(states))
+    t, embeds = scheduler.timesteps[-1], other.encode_prompt(PROMPT, "cpu", 1, False)[0]
+    with torch.no_grad():
+        output = other.unet(model_input(scheduler, t, states[-2]), t, encoder_hidden_states=embeds).sample  # no label: the base
+    law = transition(scheduler, output, t, states[-2])
+    assert len(states) == 4 and law.is_deterministic
+    torch.testing.assert_close(states[-1], law.mean, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def flow_pipe():
+    """A tiny StableDiffusion3Pipeline with an adapter of random weights, trained, as it were, with the memoryless scheduler."""
+    plain, same = (tiny_sd3(FlowMatchEulerDiscreteScheduler(shift=3.0)) for _ in range(2))
+    sha256 = denoiser_sha256(same.transformer)
+    policy = Policy(same.transformer, label_space=SPACE, lora_rank=2)
+    for parameters in policy.trainable_parameters().values():
+        for parameter in parameters:
+            torch.nn.init.normal_(parameter, std=0.3)
+    config = AdapterConfig(
+        base={"id": "tiny-sd3", "revision": None, "denoiser_sha256": sha256},
+        pipeline_class=type(plain).__name__,
+        denoiser="transformer",
+        label_space=SPACE.to_dict(),
+        gamma=1.0,
+        gamma_range=None,
+        sampler={
+            "scheduler": "MemorylessFlowMatchScheduler",
+            "scheduler_config": {"shift": 3.0},
+            "num_inference_steps": 4,
+            "guidance_scale": 1.0,
+            "options": {},
+        },
+        injection_site=policy.injection_site,
+        versions=package_versions(),
+        metrics={},
+    )
+    classifier = Classifier(SPACE.to_dict(), image_size=8, widths=(4, 8), temperatures=(1.5,)).eval()
+    pipe = ctrl_pipeline_class(type(plain))(**plain.components)
+    pipe.load_ctrl_adapter(collect_adapter(config, same.transformer, policy.label_encoder, classifier))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_a_flow_pipeline_is_sampled_with_the_memoryless_scheduler(flow_pipe):
+    """Its own takes steps without noise: the adapter's takes over, by its name and configuration, for the labelled call only."""
+    torch.manual_seed(0)
+    embeds = torch.randn(1, 3, 16)
+    inputs = {"prompt_embeds": embeds, "pooled_prompt_embeds": embeds[:, 0], "height": 8, "width": 8, "output_type": "pt"}
+
+    def call(**kwargs):
+        torch.manual_seed(1)  # the pipeline gives its scheduler no generator
+        return flow_pipe(label="bold", **inputs, **kwargs)
+
+    own, images = flow_pipe.scheduler, call().images
+    found = [call(num_particles=300, particle_batch_size=150, strength=strength).log_weights for strength in (0.2, 0.0)]
+    assert flow_pipe.scheduler is own and type(own) is FlowMatchEulerDiscreteScheduler
+    flow_pipe.scheduler = MemorylessFlowMatchScheduler.from_config(own.config)
+    assert torch.equal(call().images, images)
+    flow_pipe.scheduler = own
+    assert found[0].std() > 0.1 > 2 * found[1].std()
+    means = [w.exp().mean().item() for w in found]
+    errors = [w.exp().std().item() / 300**0.5 for w in found]
+    assert abs(means[0] - means[1]) < 4 * math.hypot(*errors) and errors[0] < 0.2 * means[0]
 
 
 def test_the_base_has_the_classifiers_probability_as_weight(pipe):

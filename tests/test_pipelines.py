@@ -528,7 +528,7 @@ def test_save_ctrl_adapter_and_load_again(pipe, tmp_path):
         assert torch.equal(draw(again, label=label), draw(pipe, label=label))
     images = torch.rand(2, 3, 16, 16)
     assert torch.equal(again.classifier.log_probs(images)[0], pipe.classifier.log_probs(images)[0])
-    assert load_adapter(folder).config == pipe._ctrl_config
+    assert load_adapter(folder).config == pipe.ctrl_adapters["default"].config
 
 
 def test_save_ctrl_adapter_here(pipe, tmp_path, monkeypatch):

@@ -21,14 +21,15 @@ from transformers import HfArgumentParser
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from diffusers_ctrl import CTRLPipeline, Policy  # noqa: E402
 from diffusers_ctrl.adapters import Adapter, load_adapter, package_versions, resolve_folder, save_config  # noqa: E402
-from diffusers_ctrl.bases import decoder  # noqa: E402
 from diffusers_ctrl.cards import save_card  # noqa: E402
-from diffusers_ctrl.conditions import record_conditions  # noqa: E402
+from diffusers_ctrl.recording import record_conditions  # noqa: E402
+from diffusers_ctrl.decoding import decoder  # noqa: E402
 from diffusers_ctrl.evaluation import draw_samples, evaluate, evaluate_gammas, gamma_grid  # noqa: E402
 from diffusers_ctrl.injection import load_lora_state_dict  # noqa: E402
 from diffusers_ctrl.labels import LabelGrid, label_grid  # noqa: E402
 from diffusers_ctrl.rewards import attribute_rewards, classifier_reward  # noqa: E402
 from diffusers_ctrl.rollouts import Environment, Sampler  # noqa: E402
+from diffusers_ctrl.sampling import labelled_scheduler  # noqa: E402
 from diffusers_ctrl.trainer import _option  # noqa: E402
 from figures import plot_samples, sample_rows  # noqa: E402
 from report import plot_agreement, print_table, write_metrics  # noqa: E402
@@ -77,7 +78,7 @@ def adapter_environment(adapter: Adapter, task: TaskConfig, grid: LabelGrid | No
         injection_site=adapter.config.injection_site,
         guidance_scale=settings["guidance_scale"],
     )
-    pipe.scheduler, steps = pipe._labelled_scheduler(settings), settings["num_inference_steps"]
+    pipe.scheduler, steps = labelled_scheduler(pipe.scheduler, settings), settings["num_inference_steps"]
     conditions = record_conditions(pipe, task.prompts, num_inference_steps=steps, guidance_scale=settings["guidance_scale"])
     environment = Environment(
         Sampler(pipe.scheduler, steps, settings["options"], conditions.grid),

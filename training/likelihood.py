@@ -15,7 +15,7 @@ from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
 
 from diffusers_ctrl import Continuous, CTRLConfig, LabelSpace
-from diffusers_ctrl.bases import decoder, round_trip
+from diffusers_ctrl.decoding import decoder, round_trip
 from diffusers_ctrl.classifiers import Classifier, fit_classifier, resized
 from diffusers_ctrl.labels import Attribute
 from diffusers_ctrl.rewards import attribute_rewards, classifier_reward

@@ -209,7 +209,7 @@ def write_sampled_dataset(
         ValueError: if the folder holds a dataset of other settings (it names the first that differs); for labels that are not in
             their classes, not finite, or not one an image; for samples with NaN.
     """
-    from diffusers_ctrl.replay import row_arguments  # here, so that labelling a folder need not wait for diffusers
+    from diffusers_ctrl.bases import row_arguments  # here, so that labelling a folder need not wait for diffusers
 
     if num_images < 1 or batch_size < 1 or shard_size < 1:
         raise ValueError(f"num_images, batch_size and shard_size must be positive, got {num_images}, {batch_size}, {shard_size}.")

@@ -1,0 +1,181 @@
+"""The adapters in a denoiser, and the hook that mixes them with the base: base + Σ_i strength_i · (tuned_i − base).
+
+All of it lives on the denoiser: pipelines that share a denoiser (`from_pipe`) share its adapters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from torch import nn
+
+from .calls import CallWatch
+from .injection import LabelInput, add_label_hook, load_lora_state_dict, lora_chosen, lora_layers, remove_label_hook, remove_lora
+
+
+STRENGTH_HOOK_NAME = "ctrl_strength"
+
+
+@dataclass(frozen=True)
+class Control:
+    """One adapter in the denoiser. label: of its hooks at `injection_site`. adapter: what else was loaded with it."""
+
+    name: str
+    injection_site: str
+    label: LabelInput
+    adapter: Any
+
+
+@dataclass(frozen=True)
+class Active:
+    """One adapter in one call. embedding: (n, D), one row a sample. strength: one number, or (n,) where the samples differ."""
+
+    control: Control
+    embedding: torch.Tensor
+    strength: float | torch.Tensor
+
+
+class StrengthHook(ModelHook):
+    """On the denoiser itself: runs base + Σ strength · (tuned − base), and the base alone on steps that have no noise.
+
+    With nothing active the denoiser is the base, bit for bit. One forward of the base and one an active adapter; the base's is
+    spared where a single adapter has strength 1, unless `keeps_base` asks for the base's output beside (`base_output`).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.controls: dict[str, Control] = {}
+        self.layers: list[nn.Module] = []
+        self.active: tuple[Active, ...] = ()
+        self.watch: CallWatch | None = None
+        self.keeps_base = False
+        self.base_output: torch.Tensor | None = None
+
+    def new_forward(self, module: nn.Module, *args, **kwargs):
+        if not self.active:
+            return self._base(*args, **kwargs)
+        sample = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        given = self.watch.begin_call(len(sample))
+        active = () if self.watch.is_deterministic() else self.active
+        found = self._mixed(active, given, *args, **kwargs)
+        if self.keeps_base:
+            self._check_recorded(given, sample)
+        output = _tensor(found)
+        seen = self.watch.end_call(output)
+        return found if seen is output else _with_tensor(found, seen)
+
+    def _mixed(self, active: tuple[Active, ...], given: tuple[bool, ...], *args, **kwargs):
+        if len(active) == 1 and _is(active[0].strength, 1.0) and not self.keeps_base:
+            return self._tuned(active[0], given, *args, **kwargs)
+        base = self._base(*args, **kwargs)
+        if self.keeps_base:
+            self.base_output = _tensor(base)
+        active = tuple(one for one in active if not _is(one.strength, 0.0))
+        if not active:
+            return base
+        tuned = [self._tuned(one, given, *args, **kwargs) for one in active]
+        if len(active) == 1 and not isinstance(active[0].strength, torch.Tensor):
+            if active[0].strength == 1.0:
+                return tuned[0]
+            return _with_tensor(tuned[0], torch.lerp(_tensor(base), _tensor(tuned[0]), active[0].strength))
+        start = total = _tensor(base)
+        for one, output in zip(active, tuned, strict=True):
+            strength = one.strength
+            if isinstance(strength, torch.Tensor):  # one a sample, and the same in each part of a guided batch
+                strength = strength.to(start).repeat(len(given)).view(-1, *[1] * (start.ndim - 1))
+            total = total + strength * (_tensor(output) - start)
+        return _with_tensor(base, total)
+
+    def _base(self, *args, **kwargs):
+        with lora_chosen(self.layers, self.controls, None):
+            return self.fn_ref.original_forward(*args, **kwargs)
+
+    def _tuned(self, one: Active, given: tuple[bool, ...], *args, **kwargs):
+        label = one.control.label
+        if any(given):
+            label.embedding, label.guided = one.embedding, given
+        try:
+            with lora_chosen(self.layers, self.controls, one.control.name):
+                return self.fn_ref.original_forward(*args, **kwargs)
+        finally:
+            label.embedding = None
+
+    def _check_recorded(self, given: tuple[bool, ...], sample: torch.Tensor) -> None:
+        """particles.PathRecorder undoes one kind of guidance; for another its weights would be wrong."""
+        what = None
+        if len(self.watch.calls) > 1:
+            what = "guidance by two calls of the denoiser a step"
+        elif given == (True, False):
+            what = "a guidance batch with the condition first"
+        elif self.base_output.shape[1:] != sample.shape[1:]:
+            what = "a denoiser that also predicts variances"
+        if what is not None and not self.watch.guidance_is_unknown:
+            raise ValueError(f"num_particles cannot yet be combined with {what}.")
+
+
+def _is(strength: float | torch.Tensor, value: float) -> bool:
+    return not isinstance(strength, torch.Tensor) and strength == value
+
+
+def _tensor(output: Any) -> torch.Tensor:
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def _with_tensor(output: Any, tensor: torch.Tensor) -> Any:
+    """`output`, a denoiser's answer in any of its forms, with `tensor` in place of the sample."""
+    if isinstance(output, torch.Tensor):
+        return tensor
+    if isinstance(output, tuple):
+        return (tensor, *output[1:])
+    return type(output)(sample=tensor)
+
+
+def control_hook(denoiser: nn.Module) -> StrengthHook | None:
+    """The denoiser's hook; None while it has no adapter."""
+    return HookRegistry.check_if_exists_or_initialize(denoiser).get_hook(STRENGTH_HOOK_NAME)
+
+
+def add_control(denoiser: nn.Module, name: str, injection_site: str, lora: dict[str, torch.Tensor], adapter: Any = None) -> Control:
+    """Puts an adapter's LoRA and label hooks into the denoiser, not trainable, at rest.
+
+    Raises:
+        ValueError: if they do not fit; the denoiser is then as it was.
+    """
+    # whether a weight requires a gradient changes the bits of torch's products: the base keeps what it had
+    trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+    try:
+        load_lora_state_dict(denoiser, lora, name)
+        try:
+            label = add_label_hook(denoiser, injection_site, name)
+        except ValueError:
+            remove_lora(denoiser, name)
+            raise
+        denoiser.requires_grad_(False)
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    hook = control_hook(denoiser)
+    if hook is None:
+        hook = StrengthHook()
+        HookRegistry.check_if_exists_or_initialize(denoiser).register_hook(hook, STRENGTH_HOOK_NAME)
+    hook.controls[name] = Control(name, injection_site, label, adapter)
+    hook.layers = _layers(denoiser, hook.controls)
+    return hook.controls[name]
+
+
+def remove_control(denoiser: nn.Module, name: str) -> None:
+    """Takes an adapter out; without any, the denoiser is the base again, bit for bit."""
+    hook = control_hook(denoiser)
+    control = hook.controls.pop(name)
+    remove_label_hook(denoiser, control.injection_site, name)
+    remove_lora(denoiser, name)
+    hook.layers = _layers(denoiser, hook.controls)
+    if not hook.controls:
+        HookRegistry.check_if_exists_or_initialize(denoiser).remove_hook(STRENGTH_HOOK_NAME, recurse=False)
+
+
+def _layers(denoiser: nn.Module, names: dict[str, Control]) -> list[nn.Module]:
+    return list({id(layer): layer for name in names for layer in lora_layers(denoiser, name).values()}.values())

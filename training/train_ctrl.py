@@ -39,7 +39,6 @@ from diffusers_ctrl.adapters import (  # noqa: E402
 )
 from diffusers_ctrl.cards import save_card  # noqa: E402
 from diffusers_ctrl.classifiers import Classifier, fit_classifier  # noqa: E402
-from diffusers_ctrl.conditions import record_conditions  # noqa: E402
 from diffusers_ctrl.decoding import decoder, round_trip  # noqa: E402
 from diffusers_ctrl.evaluation import (  # noqa: E402
     by_gamma,
@@ -50,6 +49,7 @@ from diffusers_ctrl.evaluation import (  # noqa: E402
     exact_law,
     gamma_grid,
 )
+from diffusers_ctrl.recording import record_conditions  # noqa: E402
 from diffusers_ctrl.rewards import classifier_reward  # noqa: E402
 from diffusers_ctrl.trainer import _option  # noqa: E402
 from digits_data import write_digits_dataset  # noqa: E402

@@ -25,9 +25,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "training")]
 from diffusers_ctrl import Categorical, Classifier, CTRLConfig, CTRLTrainer, LabelSpace, Policy  # noqa: E402
 from diffusers_ctrl.adapters import resolve_folder  # noqa: E402
 from diffusers_ctrl.classifiers import fit_classifier  # noqa: E402
-from diffusers_ctrl.conditions import record_conditions  # noqa: E402
 from diffusers_ctrl.decoding import decoder, round_trip  # noqa: E402
 from diffusers_ctrl.evaluation import draw_samples, evaluate  # noqa: E402
+from diffusers_ctrl.recording import record_conditions  # noqa: E402
 from diffusers_ctrl.rewards import classifier_reward  # noqa: E402
 from digits_data import ATTRIBUTES, PROMPTS, drawn_digits, oracle  # noqa: E402
 from records import RESULTS, provenance, write_json  # noqa: E402

@@ -17,9 +17,10 @@ from diffusers import (
 from families import BUILDERS, build
 
 from diffusers_ctrl import CTRLPipeline
-from diffusers_ctrl.conditions import Condition, Repeated, Rows, _fill, _template, record_conditions
+from diffusers_ctrl.conditions import Condition, Repeated, Rows, fill
 from diffusers_ctrl.labels import Categorical, LabelSpace
 from diffusers_ctrl.policy import Policy
+from diffusers_ctrl.recording import _template, record_conditions
 
 
 SPACE = LabelSpace(stroke=Categorical(("thin", "regular", "bold")))
@@ -263,7 +264,7 @@ def test_lists_with_an_entry_a_row_are_repeated():
     one, two = {"sizes": [(4, 8)], "text": torch.zeros(1, 3)}, {"sizes": [(4, 8)] * 2, "text": torch.zeros(2, 3)}
     template = _template("Pipeline", one, two, 1, leaves)
     assert template == {"sizes": Repeated((4, 8)), "text": Rows(0)} and len(leaves) == 1
-    filled = _fill(template, ((torch.ones(5, 3),),), torch.zeros(5, 2), torch.tensor(1))
+    filled = fill(template, ((torch.ones(5, 3),),), torch.zeros(5, 2), torch.tensor(1))
     assert filled["sizes"] == [(4, 8)] * 5 and filled["text"].shape == (5, 3)
     for other in ({"sizes": [(4, 8), (8, 4)]}, {"sizes": [(4, 8)] * 3}, {"sizes": None}):
         with pytest.raises(ValueError, match="Pipeline gives its denoiser sizes"):

@@ -21,6 +21,7 @@ ORDER = (
     "replay",
     "decoding",
     "conditions",
+    "recording",
     "policy",
     "rollouts",
     "calls",

@@ -5,6 +5,7 @@ from .label_encoder import LabelEncoder
 from .labels import Categorical, Continuous, LabelSpace
 from .pipelines import CTRLPipeline
 from .policy import Policy
+from .schedulers import MemorylessFlowMatchScheduler
 from .trainer import CTRLConfig, CTRLTrainer
 from .transitions import Transition, transition
 
@@ -20,6 +21,7 @@ __all__ = [
     "Continuous",
     "LabelEncoder",
     "LabelSpace",
+    "MemorylessFlowMatchScheduler",
     "Policy",
     "Transition",
     "transition",

@@ -66,14 +66,14 @@ class PathRecorder:
         def recording_step(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             result = step(model_output, timestep, sample, *args, **kwargs)
             following = result[0] if isinstance(result, tuple) else result.prev_sample
-            if int(timestep) not in self.deterministic_timesteps:
-                given = signature.bind(model_output, timestep, sample, *args, **kwargs).arguments
-                options = {"eta": given.get("eta", signature.parameters["eta"].default)} if takes_eta else {}
-                taken = transition(watched, model_output, timestep, sample, **options)
-                if taken.is_deterministic:
-                    raise ValueError(f"The step at timestep {int(timestep)} has no noise ({options}), so no weight can be given.")
+            given = signature.bind(model_output, timestep, sample, *args, **kwargs).arguments
+            options = {"eta": given.get("eta", signature.parameters["eta"].default)} if takes_eta else {}
+            taken = transition(watched, model_output, timestep, sample, **options)
+            if not taken.is_deterministic:
                 base = transition(watched, self._guided(self.hook.base_output, len(sample)), timestep, sample, **options)
                 self.log_ratio = self.log_ratio + taken.log_ratio(base, following)
+            elif float(timestep) not in self.deterministic_timesteps:
+                raise ValueError(f"The step at timestep {float(timestep):g} has no noise ({options}), so no weight can be given.")
             return result
 
         watched.step = recording_step

@@ -10,6 +10,7 @@ law of the result stays absolutely continuous, and J ≤ log Z holds.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from .policy import Policy
-from .transitions import Transition, transition
+from .transitions import Transition, model_input, transition
 
 
 @dataclass(frozen=True)
@@ -29,25 +30,28 @@ class Sampler:
         scheduler: a diffusers scheduler with a Gaussian transition.
         num_inference_steps: K.
         options: keyword arguments of the transition, such as `eta` for DDIM.
+        grid: keyword arguments of `set_timesteps` besides K: `timesteps` or `sigmas` (K of them, where the scheduler takes them), and
+            `mu` for a flow scheduler with dynamic shifting, as the pipeline computes it from the image's size.
 
     Raises:
-        ValueError: if the scheduler has no Gaussian transition, or if every step is deterministic (eta = 0).
+        ValueError: if the scheduler has no Gaussian transition, if every step is deterministic (eta = 0), or if `grid` does not fit.
     """
 
     scheduler: Any
     num_inference_steps: int
     options: dict[str, Any] = field(default_factory=dict)
+    grid: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {self.num_inference_steps}.")
-        self.scheduler.set_timesteps(self.num_inference_steps)
-        probe = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+        self._set_timesteps()
+        probe = torch.zeros(1, 3, 1, 1, dtype=torch.float64)
         noisy = []
         for t in self.timesteps:
             # a scheduler whose variance is learned can only be probed with the denoiser's own output
-            learned = getattr(self.scheduler, "variance_type", None) in ("learned", "learned_range")
-            output = torch.ones(1, 2 if learned else 1, 1, 1, dtype=torch.float64)
+            learned = self.scheduler.config.get("variance_type") in ("learned", "learned_range")
+            output = torch.ones(1, 6 if learned else 3, 1, 1, dtype=torch.float64)
             noisy.append(not self.transition(output, t, probe).is_deterministic)
         object.__setattr__(self, "noisy_steps", tuple(k for k, flag in enumerate(noisy) if flag))
         if not self.noisy_steps:
@@ -56,18 +60,40 @@ class Sampler:
                 "nothing to train against: use eta > 0 (eta = 1 is the memoryless, unbiased choice)."
             )
 
+    def _set_timesteps(self) -> None:
+        name, steps = type(self.scheduler).__name__, self.num_inference_steps
+        takes = inspect.signature(self.scheduler.set_timesteps).parameters
+        if unknown := [key for key in self.grid if key not in takes]:
+            raise ValueError(f"{name}.set_timesteps does not take {', '.join(unknown)}: its grid is fixed by the number of steps.")
+        if "mu" in takes and self.scheduler.config.get("use_dynamic_shifting") and self.grid.get("mu") is None:
+            raise ValueError(
+                f"{name} has use_dynamic_shifting=True: give grid={{'mu': …}}, as the pipeline computes it from the size."
+            )
+        given = [key for key in ("timesteps", "sigmas") if self.grid.get(key) is not None]
+        for key in given:
+            if len(self.grid[key]) != steps:
+                raise ValueError(f"grid has {len(self.grid[key])} {key} for num_inference_steps = {steps}: as many are needed.")
+        if given:
+            self.scheduler.set_timesteps(**self.grid)
+        else:
+            self.scheduler.set_timesteps(steps, **self.grid)
+
     @property
     def timesteps(self) -> torch.Tensor:
         """(K,) t_k in generation order."""
         return self.scheduler.timesteps
 
     @property
-    def deterministic_timesteps(self) -> frozenset[int]:
+    def deterministic_timesteps(self) -> frozenset[float]:
         """The timesteps whose step adds no noise; the base takes them."""
-        return frozenset(int(t) for k, t in enumerate(self.timesteps) if k not in self.noisy_steps)
+        return frozenset(float(t) for k, t in enumerate(self.timesteps) if k not in self.noisy_steps)
 
-    def transition(self, output: torch.Tensor, t: torch.Tensor | int, x: torch.Tensor) -> Transition:
+    def transition(self, output: torch.Tensor, t: torch.Tensor | float, x: torch.Tensor) -> Transition:
         return transition(self.scheduler, output, t, x, **self.options)
+
+    def model_input(self, t: torch.Tensor | float, x: torch.Tensor) -> torch.Tensor:
+        """What the denoiser is given for the state x at t: the state itself, or scaled for a scheduler of sigmas."""
+        return model_input(self.scheduler, t, x)
 
 
 @dataclass(frozen=True)
@@ -115,13 +141,15 @@ class Rollout:
 def tuned_transition(policy: Policy, sampler: Sampler, batch: Batch, k: int, x: torch.Tensor) -> Transition:
     """p_theta(x_{k+1} | x_k = x). Only for a step that has noise."""
     t = sampler.timesteps[k]
-    return sampler.transition(policy(x, t, batch.labels, batch.gamma, batch.prompt_embeds, batch.null_embeds), t, x)
+    return sampler.transition(
+        policy(sampler.model_input(t, x), t, batch.labels, batch.gamma, batch.prompt_embeds, batch.null_embeds), t, x
+    )
 
 
 def base_transition(policy: Policy, sampler: Sampler, batch: Batch, k: int, x: torch.Tensor) -> Transition:
     """p_pre(x_{k+1} | x_k = x)."""
     t = sampler.timesteps[k]
-    return sampler.transition(policy.reference(x, t, batch.prompt_embeds, batch.null_embeds), t, x)
+    return sampler.transition(policy.reference(sampler.model_input(t, x), t, batch.prompt_embeds, batch.null_embeds), t, x)
 
 
 def rollout(
@@ -169,8 +197,9 @@ def rollout(
 
 
 def start_noise(shape: tuple[int, ...], sampler: Sampler, generator: torch.Generator | None, dtype=torch.float32, device="cpu"):
-    """x_0 ~ N(0, init_noise_sigma²), as the pipelines draw it."""
-    return randn_tensor(shape, generator=generator, device=torch.device(device), dtype=dtype) * sampler.scheduler.init_noise_sigma
+    """x_0 ~ N(0, init_noise_sigma²), as the pipelines draw it; flow schedulers have no such number, and start from N(0, 1)."""
+    scale = getattr(sampler.scheduler, "init_noise_sigma", 1.0)
+    return randn_tensor(shape, generator=generator, device=torch.device(device), dtype=dtype) * scale
 
 
 @dataclass(frozen=True)

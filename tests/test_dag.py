@@ -13,6 +13,7 @@ PACKAGE = "diffusers_ctrl"
 ORDER = (
     "assets",  # a leaf: any file may import it
     "labels",
+    "schedulers",
     "transitions",
     "label_encoder",
     "injection",

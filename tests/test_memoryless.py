@@ -11,6 +11,7 @@ import torch
 
 from diffusers_ctrl.rollouts import Sampler
 from diffusers_ctrl.trainer import CTRLConfig, make_sampler
+from diffusers_ctrl.transitions import start_snr
 from problems import affine_steps, base_moments, cosine_scheduler, posterior_moments
 
 
@@ -32,13 +33,17 @@ def gaussian_sampler(eta: float) -> Sampler:
     return Sampler(cosine_scheduler(), STEPS, {"eta": eta})
 
 
-def optimal_mean(eta: float) -> float:
+def optimal_mean_of(steps) -> float:
     """Mean of x_K under p*, for a Gaussian prior and likelihood: x_K = slope · x_0 + shift + noise, with x_0 ~ N(0, 1) untouched."""
     slope, shift, variance = 1.0, 0.0, 0.0
-    for a, b, sigma in affine_steps(*PRIOR, gaussian_sampler(eta)):
+    for a, b, sigma in steps:
         slope, shift, variance = a * slope, a * shift + b, a**2 * variance + sigma**2
     gain = variance / (variance + NOISE**2)  # within one start, so without the variance slope² that x_0 brings
     return (1 - gain) * shift + gain * OBSERVATION
+
+
+def optimal_mean(eta: float) -> float:
+    return optimal_mean_of(affine_steps(*PRIOR, gaussian_sampler(eta)))
 
 
 def best_controlled_mean(eta: float) -> float:
@@ -123,3 +128,20 @@ def test_only_eta_below_one_is_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert make_sampler(cosine_scheduler(), CTRLConfig(eta=1.0)).options == {"eta": 1.0}
+
+
+@pytest.mark.parametrize(("steps", "warned"), [(4, True), (10, True), (20, False)])
+def test_a_start_that_should_hold_signal_is_warned_of_from_a_percent_of_bias_on(steps, warned):
+    """DDIM at eta = 1 with leading timesteps starts at 1000 − 1000 / K: what that costs, and when the trainer says so."""
+    scheduler = cosine_scheduler(timestep_spacing="leading")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sampler = make_sampler(scheduler, CTRLConfig(num_inference_steps=steps))
+    assert [
+        str(w.message) for w in caught if "signal-to-noise" in str(w.message) and "not memoryless" in str(w.message)
+    ] != [] or not warned
+    assert warned or not caught
+    path = affine_steps(*PRIOR, sampler)
+    exact, _ = posterior_moments(path, OBSERVATION, NOISE)
+    lost = (exact - optimal_mean_of(path)) / (exact - base_moments(path)[0])
+    assert (lost > 0.01) == warned and 0.3 * start_snr(scheduler) < lost < 1.2 * start_snr(scheduler)

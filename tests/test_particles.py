@@ -1,11 +1,13 @@
 """Exact sampling: the draw follows the weights, the weights are those of the path, and the pipeline is left as it was."""
 
+import functools
 import math
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
 from diffusers.utils import BaseOutput
 from PIL import Image
 
@@ -101,6 +103,47 @@ def test_the_weights_have_the_mean_z_whatever_the_model(pipe, kwargs):
     errors = [w.exp().std().item() / 20 for w in (tuned, base)]
     assert abs(means[0] - means[1]) < 4 * math.hypot(*errors)
     assert errors[0] < 0.2 * means[0]
+
+
+@pytest.fixture(
+    params=[
+        EulerAncestralDiscreteScheduler,
+        functools.partial(DPMSolverMultistepScheduler.from_config, algorithm_type="sde-dpmsolver++", solver_order=1),
+        DDPMScheduler,
+    ],
+    ids=["euler", "dpm", "ddpm"],
+)
+def other(request, pipe):
+    """The pipeline with another scheduler that has noise: its states may be scaled for the denoiser."""
+    own, kind = pipe.scheduler, request.param
+    pipe.scheduler = kind.from_config(own.config) if isinstance(kind, type) else kind(own.config)
+    yield pipe
+    pipe.scheduler = own
+
+
+def test_the_weights_have_the_mean_z_with_every_scheduler(other):
+    tuned = particles(other, 240, strength=0.1, particle_batch_size=120).log_weights
+    base = particles(other, 240, seed=1, particle_batch_size=120, strength=0.0).log_weights
+    assert tuned.std() > 2 * base.std() and torch.isfinite(tuned).all()  # the path's ratio is in them
+    means = [w.exp().mean().item() for w in (tuned, base)]
+    errors = [w.exp().std().item() / 240**0.5 for w in (tuned, base)]
+    assert abs(means[0] - means[1]) < 4 * math.hypot(*errors)
+    assert errors[0] < 0.2 * means[0]
+
+
+def test_the_step_without_noise_is_the_bases_with_every_scheduler(other):
+    """The last of the four, on which the tuned model is not even asked."""
+    (last,) = other._sampler({}).deterministic_timesteps
+    seen, hook = {}, other._ctrl_hook
+    plain = hook._tuned
+    hook._tuned = lambda *args, **kwargs: seen.setdefault(
+        float(args[1] if len(args) > 1 else kwargs["timestep"]), plain(*args, **kwargs)
+    )
+    try:
+        other(PROMPT, label="bold", generator=generator(), output_type="pt")
+    finally:
+        del hook._tuned
+    assert len(seen) == 3 and last not in seen
 
 
 def test_the_base_has_the_classifiers_probability_as_weight(pipe):

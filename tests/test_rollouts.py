@@ -1,11 +1,23 @@
 """Rollouts on real, tiny denoisers: diffusers' own loop, the deterministic step, KL, log-ratio, and where the graph is."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from diffusers.utils.torch_utils import randn_tensor
 from torch.distributions import Normal
 
+from diffusers_ctrl import MemorylessFlowMatchScheduler
 from diffusers_ctrl.labels import Categorical, LabelSpace
 from diffusers_ctrl.policy import Policy
 from diffusers_ctrl.rollouts import Batch, Rollout, Sampler, base_transition, rollout, start_noise, tuned_transition
@@ -140,12 +152,14 @@ def test_a_learned_variance_rolls_out():
 def diffusers_loop(denoiser, scheduler, steps, batch, generator, guidance_scale=None, **kwargs):
     """StableDiffusionPipeline's loop."""
     scheduler.set_timesteps(steps)
-    states = [batch.noise * scheduler.init_noise_sigma]
+    states = [batch.noise * getattr(scheduler, "init_noise_sigma", 1.0)]
+    scaled = getattr(scheduler, "scale_model_input", lambda x, t: x)
     for t in scheduler.timesteps:
         if guidance_scale is None:
-            output = denoiser(scheduler.scale_model_input(states[-1], t), t).sample
+            prompts = () if batch.prompt_embeds is None else (batch.prompt_embeds,)
+            output = denoiser(scaled(states[-1], t), t, *prompts).sample
         else:
-            model_input = scheduler.scale_model_input(torch.cat([states[-1]] * 2), t)
+            model_input = scaled(torch.cat([states[-1]] * 2), t)
             output = denoiser(model_input, t, torch.cat([batch.null_embeds, batch.prompt_embeds])).sample
             without, with_prompt = output.chunk(2)
             output = without + guidance_scale * (with_prompt - without)
@@ -174,6 +188,37 @@ def test_the_untuned_rollout_is_the_loop_of_ddpm():
     result = rollout(policy_of(unconditional()), sampler, batch, seeded(), tuned=False)
     for ours, theirs in zip(result.states, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+
+
+SDE = {"algorithm_type": "sde-dpmsolver++", "solver_order": 1}
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        EulerAncestralDiscreteScheduler(timestep_spacing="leading", steps_offset=1),
+        EulerAncestralDiscreteScheduler(prediction_type="v_prediction"),
+        DPMSolverMultistepScheduler(**SDE, use_karras_sigmas=True),
+        FlowMatchEulerDiscreteScheduler(stochastic_sampling=True, shift=3.0),
+        MemorylessFlowMatchScheduler(shift=3.0),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_untuned_rollout_is_the_loop_of_every_scheduler(scheduler):
+    """The states are the pipeline's, unscaled; the denoiser sees them scaled."""
+    batch, sampler = batch_of(prompts=True), Sampler(scheduler, 5)
+    # these schedulers step in single precision; a start as large as theirs
+    batch = replace(batch, noise=start_noise(batch.noise.shape, sampler, seeded(1)))
+    denoiser = conditional().float()
+    batch = replace(batch, prompt_embeds=batch.prompt_embeds.float(), null_embeds=batch.null_embeds.float())
+    scale = getattr(sampler.scheduler, "init_noise_sigma", 1.0)
+    expected = diffusers_loop(denoiser, scheduler, 5, replace(batch, noise=batch.noise / scale), seeded())
+    assert sampler.noisy_steps == (0, 1, 2, 3)
+    result = rollout(policy_of(conditional()).float(), sampler, batch, seeded(), tuned=False)
+    for ours, theirs in zip(result.states, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+    tuned = rollout(policy_of(conditional()).float(), sampler, batch, seeded())
+    assert (tuned.kl > 0).all() and torch.isfinite(tuned.kl).all() and not torch.equal(tuned.sample, result.sample)
 
 
 def test_a_fresh_policy_rolls_out_the_base_at_no_cost():

@@ -8,16 +8,43 @@ RTOL = 1e-5, relative to the largest entry, covers both wherever 1 - p - std^2 i
 at a = 0 (zero terminal SNR) with eta = 1: exactly 0 there, but in float32 +-u, whose square root is 2.4e-4 (or NaN,
 where it is negative), times a direction of a few units. Neighbouring timesteps near the clean sample are the other
 exception: there 1 - a/p is as small as betas[1], so that it is good to u / betas[1] only.
+
+The schedulers of sigmas take float32 states and give float64 means for a float64 output, so here all states are exact in float32. Where the
+step itself ends in float32 (flow), each entry carries u times the largest term; SDE-DPM-Solver subtracts terms much larger than their
+difference. Both are covered by 1e-5 of the largest term, the state's and the clean sample's.
 """
 
+import copy
 import itertools
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 from torch.distributions import Independent, Normal, kl_divergence
 
-from diffusers_ctrl.transitions import Transition, supported_schedulers, transition
+from diffusers_ctrl import MemorylessFlowMatchScheduler
+from diffusers_ctrl.rollouts import Sampler
+from diffusers_ctrl.transitions import (
+    Transition,
+    is_supported,
+    model_input,
+    scheduler_class,
+    start_snr,
+    supported_schedulers,
+    transition,
+)
 
 
 RTOL = 1e-5
@@ -41,28 +68,43 @@ def tensors(seed, channels=3):
     return x, torch.randn((2, channels, 4, 4), generator=generator, dtype=torch.float64)
 
 
+MODULES = (
+    "diffusers.schedulers.scheduling_ddim",
+    "diffusers.schedulers.scheduling_ddpm",
+    "diffusers.schedulers.scheduling_euler_ancestral_discrete",
+    "diffusers.schedulers.scheduling_dpmsolver_multistep",
+    "diffusers.schedulers.scheduling_flow_match_euler_discrete",
+    "diffusers_ctrl.schedulers",
+)
+
+
 def read_step(scheduler, monkeypatch, output, t, x, **kwargs):
-    """(mean, std, clean estimate) of `scheduler.step`, by replacing the noise it draws with zeros, then with ones."""
+    """(mean, std, clean estimate or None) of `scheduler.step`, by replacing the noise it draws with zeros, then with ones."""
     results = []
     for value in (0.0, 1.0):
-        for name in ("ddim", "ddpm"):
-            path = f"diffusers.schedulers.scheduling_{name}.randn_tensor"
-            monkeypatch.setattr(path, lambda shape, value=value, dtype=None, **_: torch.full(tuple(shape), value, dtype=dtype))
-        results.append(scheduler.step(output, t, x, **kwargs))
+        for module in MODULES:
+            monkeypatch.setattr(
+                f"{module}.randn_tensor",
+                lambda shape, value=value, dtype=None, **_: torch.full(tuple(shape), value, dtype=dtype),
+            )
+        taken = copy.copy(scheduler)
+        if hasattr(scheduler, "_step_index"):
+            taken._step_index = taken._begin_index = None  # found from t, so that steps can be asked for in any order
+        results.append(taken.step(output, t, x, **kwargs))
     low, high = (result.prev_sample for result in results)
-    return low, high - low, results[0].pred_original_sample
+    return low, high - low, getattr(results[0], "pred_original_sample", None)
 
 
-def assert_parity(scheduler, monkeypatch, output, t, x, rtol=RTOL, atol=0.0, **kwargs):
+def assert_parity(scheduler, monkeypatch, output, t, x, rtol=RTOL, atol=0.0, std_atol=0.0, **kwargs):
     mean, std, clean = read_step(scheduler, monkeypatch, output, t, x, **kwargs)
     ours = transition(scheduler, output, t, x, **kwargs)
-    assert ours.mean.dtype == ours.std.dtype == torch.float64
-    where = f"t={int(t)} {kwargs} {dict(scheduler.config)}"
+    assert ours.mean.dtype == ours.std.dtype == torch.float64 and ours.denoised is not None
+    where = f"t={float(t)} {kwargs} {dict(scheduler.config)}"
     ok = torch.isfinite(mean) & torch.isfinite(std)
     for name, theirs, mine in (("mean", mean, ours.mean), ("std", std, ours.std.expand_as(mean)), ("clean", clean, ours.denoised)):
-        if ok.any():
+        if theirs is not None and ok.any():
             # 2e-10: diffusers clamps DDPM's variance of 0 to 1e-20; 1e-12: std is a difference of numbers of the mean's size
-            bound = rtol * theirs[ok].abs().max() + atol + 2e-10 + 1e-12 * mean[ok].abs().max()
+            bound = rtol * theirs[ok].abs().max() + atol + 2e-10 + 1e-12 * mean[ok].abs().max() + (name == "std") * std_atol
             assert (mine - theirs)[ok].abs().max() <= bound, f"{name} {where}"
     return ok
 
@@ -194,13 +236,332 @@ def test_ddpm_without_a_standard_deviation_is_an_error(variance, channels):
         transition(scheduler, output, 500, x)
 
 
-@pytest.mark.parametrize("kind", [EulerDiscreteScheduler, PNDMScheduler])
-def test_an_unsupported_scheduler_is_told_what_to_use(kind):
-    scheduler = kind()
-    scheduler.set_timesteps(10)
-    with pytest.raises(ValueError, match=f"(?s){kind.__name__}.*DDIMScheduler or DDPMScheduler.*eta > 0.*from_config"):
+BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
+
+
+def ready(scheduler, steps, **grid):
+    scheduler.set_timesteps(steps, **grid)
+    return scheduler
+
+
+def assert_grid_parity(scheduler, monkeypatch):
+    """Every step in turn, but for those that share a timestep. Returns (steps compared, steps shared, entries NaN in diffusers)."""
+    compared = shared = nan = 0
+    for k, t in enumerate(scheduler.timesteps):
+        if (scheduler.timesteps == t).sum() > 1:
+            with pytest.raises(ValueError, match="share the timestep"):
+                transition(scheduler, torch.zeros(SHAPE), t, torch.zeros(SHAPE))
+            shared += 1
+            continue
+        output, x = (value.float().double() for value in tensors(k))
+        clean = transition(scheduler, output, t, x).denoised
+        size = max(x.abs().max().item(), clean.abs().max().item())
+        ok = assert_parity(scheduler, monkeypatch, output, t, x, atol=1e-5 * size)
+        compared, nan = compared + 1, nan + (~ok).sum().item()
+    return compared, shared, nan
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_euler_ancestral_is_the_schedulers_step(monkeypatch, spacing, prediction):
+    compared = 0
+    for betas, zero_snr, offset, steps in itertools.product(BETAS, (False, True), (0, 1), (1, 2, 7, 25)):
+        if offset and spacing != "leading":
+            continue
+        scheduler = EulerAncestralDiscreteScheduler(
+            prediction_type=prediction,
+            timestep_spacing=spacing,
+            beta_schedule=betas,
+            rescale_betas_zero_snr=zero_snr,
+            steps_offset=offset,
+        )
+        found, shared, nan = assert_grid_parity(ready(scheduler, steps), monkeypatch)
+        assert shared == nan == 0
+        assert transition(scheduler, *last(scheduler)).is_deterministic
+        compared += found
+    assert compared == (2 if spacing == "leading" else 1) * 6 * 35
+
+
+def last(scheduler):
+    """Arguments of a transition at the last timestep."""
+    output, x = tensors(0)
+    return output, scheduler.timesteps[-1], x
+
+
+SIGMAS = [
+    {"timestep_spacing": "linspace"},
+    {"timestep_spacing": "leading", "steps_offset": 1},
+    {"timestep_spacing": "trailing"},
+    {"use_karras_sigmas": True},
+    {"use_exponential_sigmas": True},
+    {"use_beta_sigmas": True},
+    {"use_lu_lambdas": True},
+    {"use_flow_sigmas": True},
+    {"use_flow_sigmas": True, "flow_shift": 3.0},
+]
+
+
+@pytest.mark.parametrize("algorithm", ["sde-dpmsolver++", "sde-dpmsolver"])
+@pytest.mark.parametrize("sigmas", SIGMAS, ids=lambda value: "-".join(map(str, value.values())) + "-" + next(iter(value)))
+def test_dpm_solver_is_the_schedulers_step(monkeypatch, sigmas, algorithm):
+    both = algorithm == "sde-dpmsolver++"
+    predictions = [*PREDICTIONS, *(["flow_prediction"] if both else [])]
+    threshold = {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 1.5}
+    schedules = [
+        ("linear", False, 10, {}),
+        ("scaled_linear", True, 7, threshold),
+        ("squaredcos_cap_v2", False, 16, {}),
+        ("linear", False, 1, threshold),
+        ("linear", True, 2, {}),
+    ]
+    compared = shared = nan = 0
+    for prediction, final, (betas, zero_snr, steps, threshold) in itertools.product(
+        predictions, ["zero", "sigma_min"] if both else ["sigma_min"], schedules
+    ):
+        scheduler = DPMSolverMultistepScheduler(
+            algorithm_type=algorithm,
+            solver_order=1,
+            prediction_type=prediction,
+            final_sigmas_type=final,
+            beta_schedule=betas,
+            rescale_betas_zero_snr=zero_snr,
+            lambda_min_clipped=-5.1 if betas == "squaredcos_cap_v2" else -float("inf"),
+            **sigmas,
+            **threshold,
+        )
+        found = assert_grid_parity(ready(scheduler, steps), monkeypatch)
+        compared, shared, nan = compared + found[0], shared + found[1], nan + found[2] / 96
+        assert transition(scheduler, *last(scheduler)).is_deterministic or final == "sigma_min"
+    # where the last sigma is repeated, up to rounding, diffusers may take the root of a number just below 0; timesteps, rounded, may collide
+    assert compared >= shared and nan < 0.05 * compared
+
+
+def test_learned_variances_are_cut_off_as_diffusers_cuts_them(monkeypatch):
+    scheduler = DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", solver_order=1, variance_type="learned_range")
+    x, output = tensors(0, channels=6)
+    x, t = x.float().double(), ready(scheduler, 8).timesteps[3]
+    assert assert_parity(scheduler, monkeypatch, output, t, x).all()
+    assert Sampler(scheduler, 8).noisy_steps == tuple(range(7))
+    with pytest.raises(ValueError, match=r"learned_range.*\(2, 3, 4, 4\).*\(2, 4, 4, 4\).*epsilon and 3 channels"):
+        transition(scheduler, torch.zeros(2, 8, 4, 4), t, torch.zeros(2, 4, 4, 4))
+
+
+FLOW_SHIFTS = [
+    ({"shift": 1.0}, {}),
+    ({"shift": 3.0}, {}),
+    ({"use_dynamic_shifting": True}, {"mu": 1.15}),
+    ({"use_dynamic_shifting": True, "time_shift_type": "linear"}, {"mu": 1.15}),
+]
+FLOW_SIGMAS = [
+    {},
+    {"use_karras_sigmas": True},
+    {"use_exponential_sigmas": True},
+    {"use_beta_sigmas": True},
+    {"shift_terminal": 0.1},
+]
+
+
+@pytest.mark.parametrize("kind", [FlowMatchEulerDiscreteScheduler, MemorylessFlowMatchScheduler])
+@pytest.mark.parametrize(("shift", "grid"), FLOW_SHIFTS)
+def test_flow_is_the_schedulers_step(monkeypatch, shift, grid, kind):
+    stochastic = {"stochastic_sampling": True} if kind is FlowMatchEulerDiscreteScheduler else {}
+    for sigmas, steps in itertools.product(FLOW_SIGMAS, (1, 2, 7, 25)):
+        if steps == 1 and "shift_terminal" in sigmas:
+            continue  # diffusers divides 0 by 0
+        scheduler = ready(kind(**shift, **sigmas, **stochastic), steps, **grid)
+        assert assert_grid_parity(scheduler, monkeypatch) == (steps, 0, 0)
+        assert transition(scheduler, *last(scheduler)).is_deterministic
+    scheduler = kind(**shift, **stochastic)
+    scheduler.set_timesteps(sigmas=[1.0, 0.6, 0.2], **grid)  # as FluxPipeline gives them
+    assert assert_grid_parity(scheduler, monkeypatch) == (3, 0, 0)
+    assert Sampler(scheduler, 3, grid={"sigmas": [1.0, 0.6, 0.2], **grid}).noisy_steps == (0, 1)
+
+
+def test_euler_ancestral_is_ddim_at_eta_one_in_other_units():
+    settings = {"beta_schedule": "scaled_linear", "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+    ddim = ready(DDIMScheduler(clip_sample=False, **settings), 10)
+    euler = ready(EulerAncestralDiscreteScheduler(**settings), 10)
+    assert ddim.timesteps.tolist() == euler.timesteps.tolist()
+    for k, t in enumerate(euler.timesteps):
+        output, x = tensors(k)
+        now, following = ((1 + sigma.double() ** 2).sqrt() for sigma in euler.sigmas[k : k + 2])
+        theirs, ours = transition(ddim, output, t, x), transition(euler, output, t, x * now)
+        torch.testing.assert_close(ours.mean / following, theirs.mean, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours.std / following, theirs.std, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(ours.denoised, theirs.denoised, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model_input(euler, t, x * now), x, rtol=1e-6, atol=1e-6)
+
+
+def test_sde_dpm_solver_of_order_one_is_ddim_at_eta_one():
+    ddim = ready(DDIMScheduler(clip_sample=False, timestep_spacing="trailing"), 10)
+    dpm = DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", solver_order=1, timestep_spacing="trailing")
+    for k, t in enumerate(ready(dpm, 10).timesteps):
+        output, x = tensors(k)
+        theirs, ours = transition(ddim, output, t, x), transition(dpm, output, t, x)
+        for name in ("mean", "std", "denoised"):
+            one, other = getattr(ours, name), getattr(theirs, name)
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * theirs.denoised.abs().max().item())
+
+
+# -- a transition is only a question --
+
+
+def supported():
+    """One scheduler of each class with a transition, after set_timesteps, and whether its states are scaled for the denoiser."""
+    sde = {"algorithm_type": "sde-dpmsolver++", "solver_order": 1}
+    kinds = {
+        "DDIMScheduler": DDIMScheduler(),
+        "DDPMScheduler": DDPMScheduler(),
+        "EulerAncestralDiscreteScheduler": EulerAncestralDiscreteScheduler(),
+        "DPMSolverMultistepScheduler": DPMSolverMultistepScheduler(**sde),
+        "FlowMatchEulerDiscreteScheduler": FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+        "MemorylessFlowMatchScheduler": MemorylessFlowMatchScheduler(),
+    }
+    assert list(kinds) == supported_schedulers()
+    return [ready(scheduler, 4) for scheduler in kinds.values()]
+
+
+@pytest.mark.parametrize("scheduler", supported(), ids=lambda value: type(value).__name__)
+def test_a_transition_between_the_steps_of_a_pipeline_changes_nothing(scheduler):
+    def loop(ask):
+        scheduler.set_timesteps(4)
+        generator, (output, x) = torch.Generator().manual_seed(0), (value.float() for value in tensors(0))
+        asked = []
+        for t in scheduler.timesteps:
+            x_in = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+            before = {k: v for k, v in vars(scheduler).items() if not isinstance(v, torch.Tensor)}
+            for other in scheduler.timesteps.flip(0) if ask else ():
+                asked.append(transition(scheduler, output, other, x))
+                model_input(scheduler, other, x)
+            assert {k: v for k, v in vars(scheduler).items() if not isinstance(v, torch.Tensor)} == before
+            x = scheduler.step(output + 0.1 * x_in, t, x, generator=generator, return_dict=False)[0]
+        return x, asked
+
+    plain, (watched, asked) = loop(False)[0], loop(True)
+    assert torch.equal(plain, watched)
+    assert [law.is_deterministic for law in asked[:4]] == [True, False, False, False]  # asked from the last to the first
+
+
+@pytest.mark.parametrize("scheduler", supported(), ids=lambda value: type(value).__name__)
+def test_the_denoiser_gets_what_the_pipeline_gives_it(scheduler):
+    _, x = tensors(0)
+    for t in scheduler.timesteps:
+        fresh = copy.copy(scheduler)
+        if hasattr(fresh, "_step_index"):
+            fresh._step_index = None
+        theirs = fresh.scale_model_input(x, t) if hasattr(fresh, "scale_model_input") else x
+        assert torch.equal(model_input(scheduler, t, x), theirs)
+
+
+@pytest.mark.parametrize("scheduler", supported()[2:], ids=lambda value: type(value).__name__)
+def test_a_timestep_that_is_none_is_named(scheduler):
+    with pytest.raises(ValueError, match=r"t = 123\.5 is none of the 4 timesteps.*" + type(scheduler).__name__):
+        transition(scheduler, torch.zeros(SHAPE), 123.5, torch.zeros(SHAPE))
+    fresh = type(scheduler).from_config(scheduler.config)
+    with pytest.raises(ValueError, match=f"set_timesteps.*{type(scheduler).__name__}"):
+        transition(fresh, torch.zeros(SHAPE), scheduler.timesteps[0], torch.zeros(SHAPE))
+
+
+def test_every_name_has_its_class():
+    for scheduler in supported():
+        assert is_supported(scheduler) and scheduler_class(type(scheduler).__name__) is type(scheduler)
+    with pytest.raises(ValueError, match="no scheduler 'PNDMScheduler'.*MemorylessFlowMatchScheduler"):
+        scheduler_class("PNDMScheduler")
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (EulerDiscreteScheduler(), "EulerDiscreteScheduler takes steps without noise.*use DDIMScheduler.*eta > 0.*from_config"),
+        (PNDMScheduler(), "PNDMScheduler takes steps that depend on earlier outputs.*use DDIMScheduler.*from_config"),
+        (HeunDiscreteScheduler(), "HeunDiscreteScheduler takes steps that depend on earlier outputs"),
+        (UniPCMultistepScheduler(), "UniPCMultistepScheduler takes steps that depend on earlier outputs"),
+        (LCMScheduler(), "LCMScheduler has no Gaussian transition that is known here.*use DDIMScheduler"),
+        (FlowMatchHeunDiscreteScheduler(), "FlowMatchHeunDiscreteScheduler .*use MemorylessFlowMatchScheduler.*from_config"),
+        (UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True), "use MemorylessFlowMatchScheduler"),
+        (
+            FlowMatchEulerDiscreteScheduler(),
+            "stochastic_sampling=False takes steps without noise: use Memoryless.*stochastic_sampling=True",
+        ),
+        (FlowMatchEulerDiscreteScheduler(stochastic_sampling=True, invert_sigmas=True), "invert_sigmas=True ends on noise.*False"),
+        (MemorylessFlowMatchScheduler(invert_sigmas=True), "invert_sigmas=True ends on noise.*False"),
+        (
+            DPMSolverMultistepScheduler(),
+            "algorithm_type='dpmsolver\\+\\+' takes steps without noise: use algorithm_type='sde-dpmsolver",
+        ),
+        (
+            DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
+            "solver_order=2 takes steps that depend.*use solver_order=1",
+        ),
+        (DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", solver_order=3), "solver_order=3 .*use solver_order=1"),
+        (EulerAncestralDiscreteScheduler(prediction_type="sample"), "prediction_type='sample'; epsilon and v_prediction are known"),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else type(value).__name__,
+)
+def test_a_step_that_is_not_gaussian_is_refused_with_what_to_change(scheduler, message):
+    scheduler.set_timesteps(4)
+    assert not is_supported(scheduler)
+    with pytest.raises(ValueError, match=message) as error:
         transition(scheduler, torch.zeros(SHAPE), scheduler.timesteps[0], torch.zeros(SHAPE))
-    assert supported_schedulers() == ["DDIMScheduler", "DDPMScheduler"]
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=message):
+        Sampler(scheduler, 4)
+
+
+# -- grids of one's own, and what is left in the start --
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "grid"),
+    [
+        (DDPMScheduler(), {"timesteps": [900, 500, 20, 0]}),
+        (DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", solver_order=1), {"timesteps": [999, 400, 100, 20]}),
+        (MemorylessFlowMatchScheduler(), {"sigmas": [1.0, 0.9, 0.4, 0.1]}),
+        (MemorylessFlowMatchScheduler(shift=2.0), {"timesteps": [1000.0, 800.0, 500.0, 200.0]}),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, dict) else next(iter(value)),
+)
+def test_timesteps_may_be_a_subset(monkeypatch, scheduler, grid):
+    sampler = Sampler(scheduler, 4, grid=grid)
+    assert sampler.noisy_steps == (0, 1, 2) and len(sampler.timesteps) == 4
+    if "timesteps" in grid:
+        assert sampler.timesteps.tolist() == grid["timesteps"]
+    for k, t in enumerate(sampler.timesteps):
+        output, x = (value.float().double() for value in tensors(k))
+        assert assert_parity(scheduler, monkeypatch, output, t, x, atol=1e-5 * x.abs().max().item()).all()
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "grid", "message"),
+    [
+        (
+            DDIMScheduler(),
+            3,
+            {"timesteps": [900, 500, 0]},
+            "DDIMScheduler.set_timesteps does not take timesteps: its grid is fixed",
+        ),
+        (MemorylessFlowMatchScheduler(), 4, {"sigmas": [1.0, 0.5]}, "2 sigmas for num_inference_steps = 4"),
+        (MemorylessFlowMatchScheduler(use_dynamic_shifting=True), 4, {}, "use_dynamic_shifting=True: give grid={'mu'"),
+    ],
+)
+def test_a_grid_that_does_not_fit_is_named(scheduler, steps, grid, message):
+    with pytest.raises(ValueError, match=message):
+        Sampler(scheduler, steps, grid=grid)
+
+
+def test_the_signal_in_the_start_is_the_same_in_all_units():
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "timestep_spacing": "leading"}
+    ddim, euler = ready(DDIMScheduler(**betas), 10), ready(EulerAncestralDiscreteScheduler(**betas), 10)
+    alpha = ddim.alphas_cumprod[900].item()
+    for scheduler in (ddim, euler):
+        assert scheduler.timesteps[0] == 900
+        assert start_snr(scheduler) == pytest.approx(alpha / (1 - alpha), rel=1e-5)
+    flow = {"algorithm_type": "sde-dpmsolver++", "solver_order": 1, "use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    assert start_snr(ready(DPMSolverMultistepScheduler(**flow), 10)) == pytest.approx((0.001 / 0.999) ** 2, rel=1e-3)
+    assert start_snr(ready(MemorylessFlowMatchScheduler(shift=3.0), 10)) == 0.0
+    half = MemorylessFlowMatchScheduler()
+    half.set_timesteps(sigmas=[0.5, 0.25])
+    assert start_snr(half) == 1.0
 
 
 def test_missing_set_timesteps_is_named():

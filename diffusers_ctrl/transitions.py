@@ -119,7 +119,7 @@ def scheduler_class(name: str) -> type:
 _NO_NOISE = "takes steps without noise"
 _HISTORY = "takes steps that depend on earlier outputs of the denoiser"
 _REASONS = {
-    **dict.fromkeys(("EulerDiscreteScheduler", "DDIMInverseScheduler", "EDMEulerScheduler", "VQDiffusionScheduler"), _NO_NOISE),
+    **dict.fromkeys(("EulerDiscreteScheduler", "DDIMInverseScheduler", "EDMEulerScheduler"), _NO_NOISE),
     **dict.fromkeys(
         (
             "HeunDiscreteScheduler",

@@ -27,10 +27,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from records import RESULTS, provenance, write_json  # noqa: E402
-
 from diffusers_ctrl.schedulers import posterior_coefficients  # noqa: E402
 from problems import best_objective, exact_log_partition  # noqa: E402
+from records import RESULTS, provenance, write_json  # noqa: E402
 
 
 WEIGHTS, MEANS, STDS = (torch.tensor(v, dtype=torch.float64) for v in ([0.2, 0.5, 0.3], [-1.0, 0.3, 1.2], [0.15, 0.25, 0.1]))

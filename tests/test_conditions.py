@@ -4,7 +4,6 @@ import functools
 import inspect
 
 import diffusers
-import families
 import pytest
 import torch
 from diffusers import (
@@ -14,13 +13,14 @@ from diffusers import (
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
 )
-from families import BUILDERS, build
 
+import families
 from diffusers_ctrl import CTRLPipeline
 from diffusers_ctrl.conditions import Condition, Repeated, Rows, fill
 from diffusers_ctrl.labels import Categorical, LabelSpace
 from diffusers_ctrl.policy import Policy
 from diffusers_ctrl.recording import _template, record_conditions
+from families import BUILDERS, build
 
 
 SPACE = LabelSpace(stroke=Categorical(("thin", "regular", "bold")))

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from families import BUILDERS, build
 
 from diffusers_ctrl.bases import call_arguments
 from diffusers_ctrl.decoding import decoder, round_trip
 from diffusers_ctrl.replay import replay
+from families import BUILDERS, build
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -15,7 +15,6 @@ from diffusers import (
     DiffusionPipeline,
 )
 from diffusers.hooks import apply_group_offloading
-from families import BUILDERS, Family, build
 from PIL import Image
 
 from diffusers_ctrl import Categorical, Classifier, CTRLPipeline, LabelSpace, Policy
@@ -23,6 +22,7 @@ from diffusers_ctrl.adapters import Adapter, AdapterConfig, collect_adapter, den
 from diffusers_ctrl.bases import denoiser_of
 from diffusers_ctrl.injection import find_injection_sites
 from diffusers_ctrl.transitions import is_supported
+from families import BUILDERS, Family, build
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:The label acts, but not as certified")

@@ -6,13 +6,13 @@ import functools
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from families import BUILDERS, build
 
 from diffusers_ctrl import CTRLConfig, CTRLTrainer
 from diffusers_ctrl.decoding import decoder
 from diffusers_ctrl.labels import Categorical, LabelSpace
 from diffusers_ctrl.policy import Policy
 from diffusers_ctrl.recording import record_conditions
+from families import BUILDERS, build
 
 
 SPACE = LabelSpace(stroke=Categorical(("thin", "regular", "bold")))

@@ -22,11 +22,11 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from diffusers_ctrl import CTRLPipeline, Policy  # noqa: E402
 from diffusers_ctrl.adapters import Adapter, load_adapter, package_versions, resolve_folder, save_config  # noqa: E402
 from diffusers_ctrl.cards import save_card  # noqa: E402
-from diffusers_ctrl.recording import record_conditions  # noqa: E402
 from diffusers_ctrl.decoding import decoder  # noqa: E402
 from diffusers_ctrl.evaluation import draw_samples, evaluate, evaluate_gammas, gamma_grid  # noqa: E402
 from diffusers_ctrl.injection import load_lora_state_dict  # noqa: E402
 from diffusers_ctrl.labels import LabelGrid, label_grid  # noqa: E402
+from diffusers_ctrl.recording import record_conditions  # noqa: E402
 from diffusers_ctrl.rewards import attribute_rewards, classifier_reward  # noqa: E402
 from diffusers_ctrl.rollouts import Environment, Sampler  # noqa: E402
 from diffusers_ctrl.sampling import labelled_scheduler  # noqa: E402

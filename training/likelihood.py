@@ -15,8 +15,8 @@ from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
 
 from diffusers_ctrl import Continuous, CTRLConfig, LabelSpace
-from diffusers_ctrl.decoding import decoder, round_trip
 from diffusers_ctrl.classifiers import Classifier, fit_classifier, resized
+from diffusers_ctrl.decoding import decoder, round_trip
 from diffusers_ctrl.labels import Attribute
 from diffusers_ctrl.rewards import attribute_rewards, classifier_reward
 from digits_data import label_attribute, parse_part, write_digits_dataset

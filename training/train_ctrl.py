@@ -30,10 +30,10 @@ from diffusers_ctrl.adapters import (  # noqa: E402
     save_adapter,
 )
 from diffusers_ctrl.cards import save_card  # noqa: E402
-from diffusers_ctrl.recording import record_conditions  # noqa: E402
 from diffusers_ctrl.decoding import decoder  # noqa: E402
 from diffusers_ctrl.evaluation import base_scores, draw_samples, evaluate, evaluate_gammas, exact_law, gamma_grid  # noqa: E402
 from diffusers_ctrl.labels import label_grid  # noqa: E402
+from diffusers_ctrl.recording import record_conditions  # noqa: E402
 from figures import plot_curves, plot_samples, sample_rows  # noqa: E402
 from likelihood import make_likelihood  # noqa: E402
 from report import plot_agreement, print_table, write_metrics  # noqa: E402

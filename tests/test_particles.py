@@ -14,6 +14,8 @@ from PIL import Image
 from diffusers_ctrl import CTRLPipeline
 from diffusers_ctrl.adapters import load_adapter
 from diffusers_ctrl.particles import ParticlePool, effective_sample_size
+from diffusers_ctrl.rollouts import Sampler
+from diffusers_ctrl.sampling import transition_options
 
 
 PROMPT = "a handwritten seven"
@@ -133,11 +135,13 @@ def test_the_weights_have_the_mean_z_with_every_scheduler(other):
 
 def test_the_step_without_noise_is_the_bases_with_every_scheduler(other):
     """The last of the four, on which the tuned model is not even asked."""
-    (last,) = other._sampler({}).deterministic_timesteps
+    settings = other.ctrl_adapters["default"].config.sampler
+    options = transition_options(other.scheduler, {}, settings)
+    (last,) = Sampler(other.scheduler, settings["num_inference_steps"], options).deterministic_timesteps
     seen, hook = {}, other._ctrl_hook
     plain = hook._tuned
     hook._tuned = lambda *args, **kwargs: seen.setdefault(
-        float(args[1] if len(args) > 1 else kwargs["timestep"]), plain(*args, **kwargs)
+        float(args[3] if len(args) > 3 else kwargs["timestep"]), plain(*args, **kwargs)
     )
     try:
         other(PROMPT, label="bold", generator=generator(), output_type="pt")

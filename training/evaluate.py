@@ -28,6 +28,7 @@ from diffusers_ctrl.evaluation import confusion_matrix, draw_samples, evaluate, 
 from diffusers_ctrl.injection import load_lora_state_dict  # noqa: E402
 from diffusers_ctrl.rewards import classifier_reward  # noqa: E402
 from diffusers_ctrl.rollouts import Environment, Sampler  # noqa: E402
+from diffusers_ctrl.sampling import labelled_scheduler  # noqa: E402
 from diffusers_ctrl.trainer import _option  # noqa: E402
 from figures import plot_confusion, plot_samples, sample_rows  # noqa: E402
 from train_ctrl import TaskConfig, import_function, parse_arguments, print_table, prompt_judge  # noqa: E402
@@ -62,7 +63,7 @@ def adapter_environment(adapter: Adapter, task: TaskConfig) -> tuple[Policy, Env
     space = adapter.label_encoder.label_space
     embeds, null = encode_prompts(pipe, task.prompts)
     environment = Environment(
-        Sampler(pipe._labelled_scheduler(settings), settings["num_inference_steps"], settings["options"]),
+        Sampler(labelled_scheduler(pipe.scheduler, settings), settings["num_inference_steps"], settings["options"]),
         latent_shape(pipe),
         import_function(task.scorer) or classifier_reward(adapter.classifier),
         torch.stack([space.encode(value)[0] for value in space.values()]),

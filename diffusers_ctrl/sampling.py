@@ -171,6 +171,7 @@ def sample(
             try:
                 output = call(**kwargs)
             except GuidanceFound:
+                pipe.maybe_free_model_hooks()  # as the call itself does at its end
                 restore()
                 continue
             finally:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-import diffusers
 import torch
 import yaml
 from diffusers import DiffusionPipeline
@@ -21,6 +20,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from diffusers_ctrl import Categorical, Continuous, CTRLConfig  # noqa: E402
 from diffusers_ctrl.adapters import resolve_folder  # noqa: E402
 from diffusers_ctrl.trainer import _option  # noqa: E402
+from diffusers_ctrl.transitions import scheduler_class  # noqa: E402
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -61,7 +61,9 @@ class TaskConfig:
     base: str = _option("digits-base", "Base pipeline: a folder, an embedded model's name, or a Hub id.")
     base_revision: str | None = _option(None, "Revision of the base on the Hub.")
     attribute: list[str] = _option(["stroke"], "Names of the attributes that the labels are about.")
-    scheduler: str | None = _option(None, "diffusers scheduler class to use instead of the base's own, such as DDIMScheduler.")
+    scheduler: str | None = _option(
+        None, "Scheduler class to use instead of the base's own: DDIMScheduler, MemorylessFlowMatchScheduler …"
+    )
     dataset: list[str] = _option(
         ["digits:stroke"],
         "Labelled images of each attribute: a folder, a parquet file, a Hub id, 'digits:ATTRIBUTE' for the embedded digits, or "
@@ -109,8 +111,8 @@ class TaskConfig:
             raise ValueError("--push_to_hub needs --hub_model_id USER/NAME.")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {self.dtype!r}.")
-        if self.scheduler is not None and not hasattr(diffusers, self.scheduler):
-            raise ValueError(f"scheduler {self.scheduler!r} is not a class of diffusers.")
+        if self.scheduler is not None:
+            scheduler_class(self.scheduler)  # raises for a name that it does not know
         for attribute in self.attributes():
             if attribute.label_thresholds is not None and attribute.names is not None:
                 attribute.categorical(attribute.names)  # an error now, not after the data are read
@@ -248,5 +250,5 @@ def load_base(task: TaskConfig) -> DiffusionPipeline:
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False)
     if task.scheduler is not None:
-        pipe.scheduler = getattr(diffusers, task.scheduler).from_config(pipe.scheduler.config)
+        pipe.scheduler = scheduler_class(task.scheduler).from_config(pipe.scheduler.config)
     return pipe

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .calls import CallWatch
@@ -146,6 +147,8 @@ def add_control(denoiser: nn.Module, name: str, injection_site: str, lora: dict[
     """
     # whether a weight requires a gradient changes the bits of torch's products: the base keeps what it had
     trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+    # and peft switches the adapters that are there off for the new one: a user's own LoRA stays on
+    active = {module: module._active_adapter for module in denoiser.modules() if isinstance(module, BaseTunerLayer)}
     try:
         load_lora_state_dict(denoiser, lora, name)
         try:
@@ -157,6 +160,8 @@ def add_control(denoiser: nn.Module, name: str, injection_site: str, lora: dict[
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
+        for module, names in active.items():
+            module._active_adapter = names
     hook = control_hook(denoiser)
     if hook is None:
         hook = StrengthHook()

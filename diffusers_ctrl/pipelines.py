@@ -104,11 +104,11 @@ class CTRLPipeline(DiffusionPipeline):
         Args:
             pipeline: any diffusers pipeline, with or without adapters.
             pipeline_class: the diffusers class to become, `StableDiffusionImg2ImgPipeline` for instance; the pipeline's own if None.
-            kwargs: passed to diffusers' `from_pipe`: other components. The dtype stays what it is, unless `torch_dtype` says otherwise.
+            kwargs: passed to diffusers' `from_pipe`: other components. The dtype stays what it is, unless `dtype` says otherwise.
         """
         base = pipeline_class or cls._ctrl_base or type(pipeline)
-        if "dtype" not in kwargs:
-            kwargs.setdefault("torch_dtype", denoiser_of(pipeline)[1].dtype)
+        if "torch_dtype" not in kwargs:
+            kwargs.setdefault("dtype", denoiser_of(pipeline)[1].dtype)
         return super(CTRLPipeline, ctrl_pipeline_class(getattr(base, "_ctrl_base", base))).from_pipe(pipeline, **kwargs)
 
     @property

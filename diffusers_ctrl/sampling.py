@@ -18,7 +18,7 @@ from .controls import Active, Control, control_hook
 from .labels import Label, LabelSpace
 from .particles import ParticlePool, PathRecorder
 from .rollouts import Sampler
-from .transitions import supported_schedulers, transition
+from .transitions import is_supported, scheduler_class, supported_schedulers
 
 
 Strength = float | Mapping[str, float]
@@ -143,26 +143,10 @@ def complete(given: dict[str, Any], parameters: Mapping[str, Any], label: Any, s
 
 
 def labelled_scheduler(scheduler: Any, sampler: dict[str, Any]) -> Any:
-    """The pipeline's scheduler, or, where that adds no noise, the one that the adapter was trained with."""
-    trained = next((cls for cls in transition.registry if cls.__name__ == sampler["scheduler"]), None)
-    if trained is None or _adds_noise(scheduler, sampler):
+    """The pipeline's scheduler, or, where that has no Gaussian step, the one that the adapter was trained with."""
+    if is_supported(scheduler) or sampler["scheduler"] not in supported_schedulers():
         return scheduler
-    return trained.from_config(sampler["scheduler_config"])
-
-
-def _adds_noise(scheduler: Any, sampler: dict[str, Any]) -> bool:
-    if type(scheduler).__name__ not in supported_schedulers():
-        return False
-    unshifted = {"use_dynamic_shifting": False} if scheduler.config.get("use_dynamic_shifting") else {}
-    takes = inspect.signature(scheduler.step).parameters
-    options = {name: value for name, value in sampler["options"].items() if name in takes}
-    if "eta" in takes:
-        options.setdefault("eta", 1.0)  # whether there is noise is then up to the call
-    try:
-        Sampler(type(scheduler).from_config(scheduler.config, **unshifted), sampler["num_inference_steps"], options)
-    except ValueError:
-        return False
-    return True
+    return scheduler_class(sampler["scheduler"]).from_config(sampler["scheduler_config"])
 
 
 def transition_options(scheduler: Any, arguments: Mapping[str, Any], sampler: dict[str, Any]) -> dict[str, Any]:

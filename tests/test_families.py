@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import (
+    AuraFlowTransformer2DModel,
     AutoPipelineForImage2Image,
     AutoPipelineForInpainting,
     AutoPipelineForText2Image,
@@ -20,6 +21,8 @@ from PIL import Image
 from diffusers_ctrl import Categorical, Classifier, CTRLPipeline, LabelSpace, Policy
 from diffusers_ctrl.adapters import Adapter, AdapterConfig, collect_adapter, denoiser_sha256, load_adapter
 from diffusers_ctrl.bases import denoiser_of
+from diffusers_ctrl.injection import find_injection_sites
+from diffusers_ctrl.transitions import is_supported
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:The label acts, but not as certified")
@@ -315,6 +318,35 @@ def test_callbacks_see_every_step(family, pipe):
     assert differ(labelled[0][2], seen[0][2])
 
 
+def test_the_step_without_noise_is_the_bases(family, pipe, guidances):
+    """Found on the timesteps that the pipeline sets, shifted ones included, and whatever it makes of them for its denoiser."""
+    if not takes(pipe, "callback_on_step_end"):
+        pytest.skip("this pipeline has no callback_on_step_end")
+
+    def from_fixed(pipe, step, **kwargs):
+        def replace_latents(pipe, k, t, tensors):
+            fixed = torch.randn(tensors["latents"].shape, generator=torch.Generator().manual_seed(5))
+            return {"latents": fixed if k == step else tensors["latents"]}
+
+        return draw(pipe, family, callback_on_step_end=replace_latents, **kwargs)
+
+    for guidance in guidances:
+        assert torch.equal(from_fixed(pipe, STEPS - 2, label="bold", **guidance), from_fixed(family.pipe, STEPS - 2, **guidance))
+        assert differ(from_fixed(pipe, STEPS - 3, label="bold", **guidance), from_fixed(family.pipe, STEPS - 3, **guidance))
+
+
+def test_a_scheduler_without_noise_gives_way_while_there_is_a_label(family, pipe):
+    """What the family's checkpoints come with (PNDM, Euler, a flow's ODE, DPM-Solver++) mostly adds none."""
+    other = controlled(family.name, pipe._collect("stroke"))
+    other.scheduler = build(family.name).pipe.scheduler
+    scheduler = other.scheduler
+    expected = family.pipe if is_supported(scheduler) else pipe
+    found = draw(other, family, label="bold", **({"eta": 1.0} if "eta" in family.options else {}))
+    if expected is pipe:
+        assert torch.equal(found, draw(pipe, family, label="bold"))
+    assert other.scheduler is scheduler
+
+
 def test_interrupt(family, pipe):
     if not hasattr(pipe, "interrupt"):
         pytest.skip("this pipeline cannot be interrupted")
@@ -384,6 +416,81 @@ def test_group_offload(family, adapter, kind, first):
     )
     pipe.unload_ctrl_adapter()
     assert torch.equal(draw(pipe, family), draw(family.pipe, family))
+
+
+# -- where the label goes in --
+
+SITES = {
+    "stable_diffusion": "time_embedding",
+    "stable_diffusion_xl": "time_embedding",
+    "stable_diffusion_3": "time_text_embed.timestep_embedder",
+    "flux": "time_text_embed.timestep_embedder",
+    "flux_true_cfg": "time_text_embed.timestep_embedder",
+    "pixart_sigma": "adaln_single.emb.timestep_embedder",
+    "sana": "time_embed.emb.timestep_embedder",
+    "dit": "transformer_blocks.*.norm1.emb.timestep_embedder",
+    "ddpm": "time_embedding",
+}
+
+
+def test_the_site_is_found(family):
+    path, modules = find_injection_sites(family.denoiser)
+    assert path == SITES[family.name] and len(modules) == (2 if family.name == "dit" else 1)
+    assert find_injection_sites(family.denoiser, path) == (path, modules)
+
+
+def test_the_label_reaches_every_use_of_the_time(family, adapter):
+    """Adding the difference of two times' embeddings as a label turns the one time into the other, so no use of it was missed."""
+    pipe = controlled(family.name, adapter)
+    denoiser, label = pipe.denoiser, pipe._ctrl_hook.controls["stroke"].label
+    _, sites = find_injection_sites(denoiser)
+    for site in sites[1:]:  # an embedder a block, each with its own weights: with equal ones a single difference serves all
+        site.load_state_dict(sites[0].state_dict())
+    calls, embedded = [], []
+    denoiser.register_forward_pre_hook(lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    draw(pipe, family)
+    args, kwargs = calls[0]
+    sites[0].register_forward_hook(lambda module, args, output: embedded.append(output))
+
+    def run(time: float) -> torch.Tensor:
+        embedded.clear()
+        first = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+        t = torch.full((2,), time) * (0.001 if first.max() <= 1 else 1.0)
+        output = denoiser(*args, **kwargs | {"timestep": t}) if "timestep" in kwargs else denoiser(args[0], t, *args[2:], **kwargs)
+        return output if isinstance(output, torch.Tensor) else output[0]
+
+    with torch.no_grad():
+        late, at_late = run(300.0), embedded[0]
+        early = run(800.0)
+        label.embedding = at_late - embedded[0]
+        shifted = run(800.0)
+    torch.testing.assert_close(shifted, late, rtol=1e-4, atol=1e-5)
+    assert differ(early, late)
+
+
+def test_a_denoiser_whose_time_embedding_has_another_name():
+    denoiser = AuraFlowTransformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        pos_embed_max_size=16,
+    )
+    with pytest.raises(ValueError, match=r"AuraFlowTransformer2DModel: pass injection_site=.*Candidates:.*time_step_proj"):
+        Policy(denoiser, label_space=SPACES["stroke"], lora_rank=2)
+    policy = Policy(denoiser, label_space=SPACES["stroke"], lora_rank=2, injection_site="time_step_proj")
+    torch.nn.init.normal_(policy.label_encoder.tables[0])
+    call = {"encoder_hidden_states": torch.randn(2, 5, 16), "timestep": torch.tensor([0.5, 0.5]), "return_dict": False}
+    found, x = [], torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        for label in (None, 0.0, 2.0):
+            policy._hook.embedding = None if label is None else policy.label_encoder(torch.full((2, 1), label))
+            found.append(denoiser(x, **call)[0])
+    assert differ(found[0], found[1]) and differ(found[1], found[2])
 
 
 # -- torch.compile --

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline
 from PIL import Image
 
-from diffusers_ctrl import Categorical, CTRLPipeline, LabelEncoder, LabelSpace
+from diffusers_ctrl import Categorical, Classifier, CTRLPipeline, LabelEncoder, LabelSpace
 from diffusers_ctrl.adapters import load_adapter, save_adapter
 
 
@@ -506,6 +506,131 @@ def test_an_adapter_whose_base_cannot_be_found(adapter, tmp_path):
     save_adapter(tmp_path / "orphan", replace(adapter, config=config))
     with pytest.raises(ValueError, match="no/such-base"):
         CTRLPipeline.from_pretrained(tmp_path / "orphan")
+
+
+# -- two adapters (that they add up is in test_families.py) --
+
+SLANT = LabelSpace(slant=Categorical(("left", "right")))
+
+
+@pytest.fixture
+def slant(adapter):
+    """An adapter with another attribute: the same LoRA, an encoder of its own."""
+    torch.manual_seed(3)
+    encoder = LabelEncoder(SLANT.to_dict(), adapter.label_encoder.config.embedding_dim)
+    torch.nn.init.normal_(encoder.tables[0], std=0.3)
+    classifier = Classifier(SLANT.to_dict(), image_size=8, widths=(4, 8), temperatures=(1.5,)).eval()
+    return replace(
+        adapter, config=replace(adapter.config, label_space=SLANT.to_dict()), label_encoder=encoder, classifier=classifier
+    )
+
+
+@pytest.fixture
+def two(bare, adapter, slant):
+    bare.load_ctrl_adapter(adapter, adapter_name="first")
+    bare.load_ctrl_adapter(slant, adapter_name="second")
+    return bare
+
+
+BOTH = {"stroke": "bold", "slant": "left"}
+
+
+def test_what_two_adapters_cost(two, plain):
+    """One forward of the base and one an adapter, on the steps that have noise; an adapter that is not asked for costs nothing."""
+    assert forwards(two, label=BOTH) == 3 * 3 + 1
+    assert forwards(two, label={"stroke": "bold"}) == 4
+    assert forwards(two, label=BOTH, strength={"second": 0}) == 4
+    assert forwards(two, label={}) == 4
+    assert torch.equal(draw_base(two, label={}), draw_base(plain))
+
+
+def test_strength_by_adapter_or_attribute(two):
+    image = draw(two, label=BOTH, strength={"first": 1.0, "second": 0.5})
+    assert torch.equal(draw(two, label=BOTH, strength={"slant": 0.5}), image)
+    assert not torch.equal(draw(two, label=BOTH, strength=0.5), image)
+    with pytest.raises(ValueError, match="strength names 'third'.*first.*second"):
+        draw(two, label=BOTH, strength={"third": 1.0})
+
+
+@pytest.mark.parametrize(
+    "label, message", [("bold", "which attribute it belongs to"), ({"mood": 1}, "Unknown attribute 'mood'.*stroke.*slant")]
+)
+def test_labels_of_two_adapters_are_checked(two, plain, label, message):
+    with pytest.raises(ValueError, match=message):
+        draw(two, label=label)
+    assert torch.equal(draw_base(two), draw_base(plain))
+
+
+def test_names_of_two_adapters(two, adapter, tmp_path):
+    assert list(two.ctrl_adapters) == ["first", "second"] and list(two.label_space.attributes) == ["stroke", "slant"]
+    with pytest.raises(ValueError, match="'stroke' already belongs to the loaded adapter 'first'"):
+        two.load_ctrl_adapter(adapter, adapter_name="third")
+    with pytest.raises(ValueError, match="already has a label adapter named 'first'"):
+        two.load_ctrl_adapter(adapter, adapter_name="first")
+    for name in (None, "third"):
+        with pytest.raises(ValueError, match="one of the loaded adapters.*first.*second"):
+            two.save_ctrl_adapter(tmp_path / "which", name)
+    with pytest.raises(ValueError, match="one of the loaded adapters"):
+        two.unload_ctrl_adapter("third")
+    with pytest.raises(ValueError, match="a pipeline's folder has place for one"):
+        two.save_pretrained(tmp_path / "whole")
+    assert not list(tmp_path.iterdir())
+    again = load_adapter(two.save_ctrl_adapter(tmp_path / "second", "second"))
+    assert again.label_encoder.label_space == SLANT
+
+
+def test_samplers_that_differ(bare, adapter, slant):
+    """The first adapter's settings, and a warning unless the call gives what differs."""
+    bare.load_ctrl_adapter(adapter)
+    bare.load_ctrl_adapter(
+        replace(slant, config=replace(slant.config, sampler={**slant.config.sampler, "num_inference_steps": 8})), "slant"
+    )
+    with pytest.warns(UserWarning, match="different samplers .num_inference_steps.*uses that of 'default'"):
+        assert forwards(bare, label=BOTH) == 3 * 3 + 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw(bare, label=BOTH, num_inference_steps=4)
+        assert forwards(bare, label={"slant": "left"}) == 8
+
+
+def test_gamma_goes_to_the_adapter_that_takes_it(bare, sd_gamma_adapter, slant):
+    bare.load_ctrl_adapter(sd_gamma_adapter)
+    bare.load_ctrl_adapter(slant, "slant")
+    assert not torch.equal(draw(bare, label=BOTH, gamma=4.0), draw(bare, label=BOTH))
+    with pytest.raises(ValueError, match="trained for gamma = 1.0 only"):
+        draw(bare, label={"slant": "left"}, gamma=4.0)
+
+
+def test_exact_sampling_with_two_adapters_adds_the_log_likelihoods(two, monkeypatch):
+    def weights():
+        return two(PROMPT, label=BOTH, num_particles=3, generator=generator(), output_type="pt").log_weights
+
+    before, classifier = weights(), two.ctrl_adapters["second"].classifier
+    assert before.shape == (1, 3) and before.isfinite().all()
+    log_prob = classifier.log_prob
+    monkeypatch.setattr(classifier, "log_prob", lambda images, labels: 2 * log_prob(images, labels))
+    images = two(PROMPT, label=BOTH, num_particles=3, generator=generator(), output_type="pt")
+    assert (images.log_weights < before).all()  # log-likelihoods are negative: twice the second one is less
+    assert two.classifier is None
+
+
+def test_a_style_lora_beside_the_label(bare, plain, sd_folder, sd_adapter, adapter):
+    """A user's own LoRA stays on, below the label: it is part of the base."""
+    styled = StableDiffusionPipeline.from_pretrained(sd_folder)
+    style = {f"unet.{key}": 0.5 * value for key, value in adapter.lora.items()}
+    styled.load_lora_weights(dict(style), adapter_name="style")
+    base = draw_base(styled)
+    assert not torch.equal(base, draw_base(plain))
+    bare.load_lora_weights(dict(style), adapter_name="style")
+    bare.load_ctrl_adapter(sd_adapter)
+    assert torch.equal(draw_base(bare), base)
+    assert torch.equal(draw_base(bare, label="bold", strength=0), base)
+    labelled = draw(bare, label="bold")
+    assert not torch.equal(labelled, base)
+    bare.set_adapters("style")  # which switches other adapters off, as far as diffusers knows
+    assert torch.equal(draw(bare, label="bold"), labelled) and torch.equal(draw_base(bare), base)
+    bare.unload_ctrl_adapter()
+    assert torch.equal(draw_base(bare), base)
 
 
 # -- files --

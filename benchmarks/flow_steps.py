@@ -5,7 +5,8 @@
 Four ways, on flows whose velocity is known, K steps from 1 to 1/K and to 0:
 
     posterior   the next state's exact law given the state and the estimated clean sample: MemorylessFlowMatchScheduler
-    euler       Euler's method on the SDE, with t + h in place of t (arXiv 2409.08861, appendix): mean x + h (u + eta·score), variance 2 h eta
+    euler       Euler's method on the SDE of arXiv 2409.08861, mean x + h (u + eta·score) and variance 2 h eta, made finite at t = 0 by
+                eta = (1 − t + h) / (t + h)
     renoise     FlowMatchEulerDiscreteScheduler's stochastic_sampling
     ode         FlowMatchEulerDiscreteScheduler, without noise
 

@@ -68,9 +68,11 @@ class PathRecorder:
             following = result[0] if isinstance(result, tuple) else result.prev_sample
             given = signature.bind(model_output, timestep, sample, *args, **kwargs).arguments
             options = {"eta": given.get("eta", signature.parameters["eta"].default)} if takes_eta else {}
-            taken = transition(watched, model_output, timestep, sample, **options)
+            # in half precision the two means would differ by rounding, over thousands of dimensions and in units of the std
+            taken = transition(watched, _wide(model_output), timestep, _wide(sample), **options)
             if not taken.is_deterministic:
-                base = transition(watched, self._guided(self.hook.base_output, len(sample)), timestep, sample, **options)
+                other = self._guided(self.hook.base_output, len(sample))
+                base = transition(watched, _wide(other), timestep, _wide(sample), **options)
                 self.log_ratio = self.log_ratio + taken.log_ratio(base, following)
             elif float(timestep) not in self.deterministic_timesteps:
                 raise ValueError(f"The step at timestep {float(timestep):g} has no noise ({options}), so no weight can be given.")
@@ -84,6 +86,10 @@ class PathRecorder:
             return output
         unconditional, conditional = output.chunk(2)
         return unconditional + self.guidance_scale * (conditional - unconditional)
+
+
+def _wide(value: torch.Tensor) -> torch.Tensor:
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
 class ParticlePool:

@@ -43,8 +43,8 @@ class MemorylessFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
     """Samples a flow model with noise, so that the end of a trajectory does not remember its start.
 
     A flow model's state is x = (1 − s)·clean + s·noise and its output the velocity v = noise − clean, so that clean ≈ x − s·v. In the time
-    t = 1 − s, in which it generates, there is one noise level for which an SDE with the flow's marginals is memoryless (arXiv 2409.08861,
-    section 4; alpha = t, beta = 1 − t): sigma(t)² = 2·eta_t with eta_t = beta_t (alpha'_t/alpha_t · beta_t − beta'_t) = (1 − t)/t. Hence
+    t = 1 − s, in which it generates, there is one noise level for which an SDE with the flow's marginals is memoryless (arXiv 2409.08861;
+    alpha = t, beta = 1 − t): sigma(t)² = 2·eta_t with eta_t = beta_t (alpha'_t/alpha_t · beta_t − beta'_t) = (1 − t)/t. Hence
 
         dx = (−2 v − x / t) dt + sqrt(2 (1 − t) / t) dB,
 
@@ -54,7 +54,7 @@ class MemorylessFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
     the SDE above as its limit, has the right law whatever the step if the clean sample is known, and is memoryless by construction: on the
     first step, from s = 1, r = 0, so that x_0 enters through its clean sample alone, which is the constant E[clean] for an exact model.
     The last step, to s = 0, is without noise: the clean sample. In few steps its samples are somewhat too narrow, as DDIM's are at eta = 1.
-    Euler's method, with t + h in place of t against the infinity, is less so for an exact velocity; but its states carry 1.5 to 2.9 times the
+    Euler's method, with h added to the zeros of eta, is less so for an exact velocity; but its states carry 1.5 to 2.9 times the
     noise that the model expects, and more of the gap is out of any control's reach (benchmarks/flow_steps.py measures both).
 
     Configuration and shifting, the dynamic one included, are those of FlowMatchEulerDiscreteScheduler; `stochastic_sampling` has no meaning

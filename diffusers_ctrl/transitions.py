@@ -2,7 +2,7 @@
 
 No scheduler exposes these, so they are restated here from the papers and held to `scheduler.step` by tests, over the whole grid of
 settings. Sources: DDPM, arXiv 2006.11239 eq. 6-7; DDIM, arXiv 2010.02502 eq. 12 and 16; v-prediction, arXiv 2202.00512; SDE-DPM-Solver++,
-arXiv 2211.01095 section 5 and appendix B; ancestral sampling with sigmas, Song et al., arXiv 2011.13456 eq. 47.
+arXiv 2211.01095; ancestral sampling with sigmas, arXiv 2011.13456 appendix F.
 
 Memoryless means that x_0 tells nothing about x_K under the base, which the optimum needs in order to be p(x) p(y | x)^gamma / Z. Of the steps
 here DDIM with eta = 1, DDPM, EulerAncestral and SDE-DPM-Solver++ of order 1 draw the next state from its law given the present one and the
@@ -119,7 +119,7 @@ def scheduler_class(name: str) -> type:
 _NO_NOISE = "takes steps without noise"
 _HISTORY = "takes steps that depend on earlier outputs of the denoiser"
 _REASONS = {
-    **dict.fromkeys(("EulerDiscreteScheduler", "DDIMInverseScheduler", "EDMEulerScheduler", "VQDiffusionScheduler"), _NO_NOISE),
+    **dict.fromkeys(("EulerDiscreteScheduler", "DDIMInverseScheduler", "EDMEulerScheduler"), _NO_NOISE),
     **dict.fromkeys(
         (
             "HeunDiscreteScheduler",
@@ -344,7 +344,7 @@ def _ddpm(scheduler: DDPMScheduler, output: torch.Tensor, t: int | torch.Tensor,
 def _euler_ancestral(
     scheduler: EulerAncestralDiscreteScheduler, output: torch.Tensor, t: float | torch.Tensor, x: torch.Tensor
 ) -> Transition:
-    """Ancestral sampling (arXiv 2011.13456 eq. 47) of states x = clean + sigma · noise: N(clean + (s'/s)² (x − clean), s'² (1 − s'²/s²)).
+    """Ancestral sampling (arXiv 2011.13456, appendix F) of states x = clean + sigma · noise: N(clean + (s'/s)² (x − clean), s'² (1 − s'²/s²)).
 
     In x / sqrt(1 + sigma²) this is DDIM with eta = 1 on the same timesteps, so it is memoryless as that is. The denoiser gets the scaled
     state (`model_input`), the transition the unscaled one.
@@ -359,7 +359,7 @@ def _euler_ancestral(
 
 @transition.register
 def _dpm_solver(scheduler: DPMSolverMultistepScheduler, output: torch.Tensor, t: int | torch.Tensor, x: torch.Tensor) -> Transition:
-    """SDE-DPM-Solver++ and SDE-DPM-Solver of order 1 (arXiv 2211.01095 section 5, appendix B), on the VP or the flow schedule.
+    """SDE-DPM-Solver++ and SDE-DPM-Solver of order 1 (arXiv 2211.01095), on the VP or the flow schedule.
 
     The first holds the clean sample over the step and draws from the exact law given it: memoryless as DDIM with eta = 1, which it equals on
     the VP schedule (and `MemorylessFlowMatchScheduler` on the flow's). The second holds the noise, with a larger variance; it

@@ -5,11 +5,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 
-from diffusers_ctrl import Categorical, CTRLConfig, CTRLTrainer, LabelSpace, Policy
+from diffusers_ctrl import Categorical, CTRLConfig, CTRLTrainer, LabelSpace, MemorylessFlowMatchScheduler, Policy
 from diffusers_ctrl.evaluation import certificate, draw_samples
 from diffusers_ctrl.experience import Baseline, NonFiniteError, collect
 from diffusers_ctrl.objectives import adjoint_matching, direct_backprop, policy_gradient
+from diffusers_ctrl.rollouts import Sampler
 from problems import (
     GaussianDenoiser,
     GaussianLikelihood,
@@ -40,6 +47,39 @@ def test_adjoint_and_full_backprop_have_the_same_gradient_at_the_start(guidance_
     adjoint = gradient(adjoint_matching, policy, environment)
     assert direct.norm() > 1e-3
     assert (direct - adjoint).norm() / direct.norm() < 1e-10
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        EulerAncestralDiscreteScheduler(prediction_type="v_prediction"),
+        DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", solver_order=1, prediction_type="v_prediction"),
+        FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+        MemorylessFlowMatchScheduler(shift=3.0),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_adjoint_and_full_backprop_agree_with_every_scheduler(scheduler):
+    policy, environment = tiny_policy(), replace(tiny_environment(), sampler=Sampler(scheduler, 4))
+    direct = gradient(direct_backprop, policy, environment)
+    adjoint = gradient(adjoint_matching, policy, environment)
+    assert direct.norm() > 1e-6
+    assert (direct - adjoint).norm() / direct.norm() < 1e-9
+
+
+@pytest.mark.parametrize("objective", [direct_backprop, adjoint_matching, policy_gradient])
+def test_ancestral_euler_has_the_gradient_of_ddim_at_eta_one(objective):
+    """Its states are DDIM's times sqrt(1 + sigma²), and the denoiser is given DDIM's: on the same noise the same is learned."""
+    settings = {"beta_schedule": "linear", "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+    found = []
+    for scheduler, options in (
+        (DDIMScheduler(clip_sample=False, **settings), {"eta": 1.0}),
+        (EulerAncestralDiscreteScheduler(**settings), {}),
+    ):
+        environment = replace(tiny_environment(), sampler=Sampler(scheduler, 4, options))
+        found.append(gradient(objective, tiny_policy(perturb=0.1), environment))
+    # the start is sigma · noise where DDIM's would be sqrt(1 + sigma²) · noise, sigma = 157; coefficients are of single precision
+    assert (found[0] - found[1]).norm() / found[0].norm() < 1e-3
 
 
 def test_adjoint_paired_with_its_own_step_would_be_wrong():

@@ -80,7 +80,7 @@ def test_the_step_is_bayes_rule(s, s_next):
 
 @pytest.mark.parametrize("s", [0.95, 0.5, 0.1])
 def test_short_steps_are_the_memoryless_sde(s):
-    """dx = (−2v − x/t) dt + sqrt(2 (1 − t)/t) dB, t = 1 − s: arXiv 2409.08861, table 1, with v from data to noise."""
+    """dx = (−2v − x/t) dt + sqrt(2 (1 − t)/t) dB, t = 1 − s: arXiv 2409.08861, with v from data to noise."""
     h, t = 1e-6, 1 - s
     clean_weight, state_weight, std = posterior_coefficients((1 - s, s), (1 - s + h, s - h))
     x, v = 0.7, -0.4

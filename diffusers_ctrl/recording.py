@@ -61,8 +61,9 @@ def record_conditions(
         }
         return call_arguments(pipe, [prompts[row] for row in rows], num_inference_steps, guidance_scale, own)
 
-    real = replay(pipe, arguments(0, last), max_steps=1).steps[0]
-    _check_start(name, pipe, real)
+    seen = replay(pipe, arguments(0, last), max_steps=1)
+    real = seen.steps[0]
+    _check_start(name, real.state[:2], seen.start_std)
     faked = replay(pipe, arguments(0, last), answer=stand_in(real))
     # each prompt alone: its tensors are those that grow with the batch; the last one with the real denoiser, to be compared with
     singles = [replay(pipe, arguments(row), answer=stand_in(real), max_steps=1).steps[0] for row in range(last)]
@@ -285,10 +286,9 @@ def _stacked(rows: list[torch.Tensor]) -> torch.Tensor:
 # -- the check --
 
 
-def _check_start(name: str, pipe: DiffusionPipeline, step: Step) -> None:
+def _check_start(name: str, states: torch.Tensor, sigma: float) -> None:
     """The states must start from noise as training draws it; an image to start from would show."""
-    sigma = float(pipe.scheduler.init_noise_sigma) if hasattr(pipe.scheduler, "init_noise_sigma") else 1.0
-    state = step.state[:2].double() / sigma
+    state = states.double() / sigma
     error = 1 / math.sqrt(state.numel())
     if abs(state.mean()) > 6 * error or abs(state.std() - 1) > 6 * error:
         raise ValueError(

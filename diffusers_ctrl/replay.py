@@ -54,10 +54,15 @@ class Decode:
 
 @dataclass(frozen=True)
 class Replay:
-    """What a watched call did. grid: the arguments of `set_timesteps`. images: (B, C, H, W), None where it was stopped before."""
+    """What a watched call did.
+
+    grid: the arguments of `set_timesteps`. start_std: of the states that it calls for. images: (B, C, H, W), None where the call was
+    stopped before.
+    """
 
     steps: tuple[Step, ...]
     grid: dict[str, Any]
+    start_std: float
     decode: Decode | None
     images: torch.Tensor | None
 
@@ -185,4 +190,5 @@ def replay(
             if autoencoder.dtype != dtype:  # some pipelines widen it for the time of decoding
                 autoencoder.to(dtype)
         pipe.set_progress_bar_config(**quiet)
-    return Replay(tuple(steps), grid, decoded[0] if decoded else None, images)
+    start_std = float(getattr(watched, "init_noise_sigma", 1.0))
+    return Replay(tuple(steps), grid, start_std, decoded[0] if decoded else None, images)

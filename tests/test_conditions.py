@@ -16,10 +16,12 @@ from diffusers import (
 
 import families
 from diffusers_ctrl import CTRLPipeline
+from diffusers_ctrl.bases import call_arguments
 from diffusers_ctrl.conditions import Condition, Repeated, Rows, fill
 from diffusers_ctrl.labels import Categorical, LabelSpace
 from diffusers_ctrl.policy import Policy
 from diffusers_ctrl.recording import _template, record_conditions
+from diffusers_ctrl.replay import replay
 from families import BUILDERS, build
 
 
@@ -186,6 +188,14 @@ def test_a_scheduler_that_scales_its_states_is_recorded_with_the_scaling():
     for t, scaled, output in steps:
         with torch.no_grad():
             assert torch.equal(policy.reference(scaled, t, conditions[1:]), output)
+
+
+def test_the_start_is_as_wide_as_the_scheduler_asks_at_this_number_of_steps():
+    family = prepared("stable_diffusion")
+    family.pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(family.pipe.scheduler.config, timestep_spacing="leading")
+    seen = replay(family.pipe, call_arguments(family.pipe, ["one"] * 64, STEPS), max_steps=1)
+    assert seen.start_std == pytest.approx(seen.steps[0].state.std().item(), rel=0.03)
+    assert abs(seen.start_std / float(family.pipe.scheduler.init_noise_sigma) - 1) > 0.1  # at all of its 1,000
 
 
 def test_what_the_denoiser_is_told_of_t():

@@ -180,7 +180,7 @@ def test_it_says_what_to_type_next(sd_folder, tmp_path, capsys, monkeypatch):
     assert "accuracy" in out and "gap" in out and f"{metrics['gap']:.3f}" in out
     code = out.split('python -c "')[1].split('"\n')[0]
     exec(code)
-    assert Image.open(tmp_path / "bold.png").size == (16, 16)
+    assert Image.open(tmp_path / "labelled.png").size == (16, 16)
 
 
 # -- resume --

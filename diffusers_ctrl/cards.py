@@ -26,10 +26,36 @@ def _label_lines(space: LabelSpace) -> str:
     lines = []
     for name, attribute in space.attributes.items():
         if isinstance(attribute, Categorical):
-            lines.append(f"- `{name}`: {', '.join(f'`{n}`' for n in attribute.names)}")
+            cut = f", cut at {', '.join(f'{t:.4g}' for t in attribute.thresholds)}" if attribute.thresholds else ""
+            cut += f" ({attribute.unit})" * bool(attribute.unit)
+            lines.append(f"- `{name}`: {', '.join(f'`{n}`' for n in attribute.names)}{cut}")
         else:
             lines.append(
                 f"- `{name}`: a number from {attribute.low:g} to {attribute.high:g}{' ' * bool(attribute.unit)}{attribute.unit}"
+            )
+    return "\n".join(lines)
+
+
+def _classifier_lines(metrics: dict[str, Any], space: LabelSpace) -> str:
+    """One line an attribute that was learned: how good p̂(y | x) is on held-out labels, and how calibrated."""
+    lines = []
+    for name, attribute in space.attributes.items():
+        prefix = "classifier_" if len(space) == 1 else f"classifier_{name}."
+
+        def number(key: str, prefix: str = prefix) -> str:
+            return f"{metrics[prefix + key]:.3f}" if prefix + key in metrics else "–"
+
+        if f"{prefix}temperature" not in metrics and f"{prefix}accuracy" not in metrics:
+            continue
+        if isinstance(attribute, Categorical):
+            lines.append(
+                f"Classifier of {name}: held-out accuracy {number('accuracy')}, expected calibration error {number('ece_before')} before and\n"
+                f"{number('ece_after')} after temperature scaling."
+            )
+        else:
+            lines.append(
+                f"Regression of {name}: held-out correlation {number('correlation')}, its central 50 % and 90 % intervals hold\n"
+                f"{number('coverage_50_after')} and {number('coverage_90_after')} of the labels."
             )
     return "\n".join(lines)
 
@@ -121,8 +147,7 @@ Measured with {config.sampler["num_inference_steps"]} steps of {config.sampler["
 ## Training
 
 {metrics.get("num_labels", "?")} labelled images, {metrics.get("updates", "?")} updates in {metrics.get("seconds_train", float("nan")):.0f} s, seed {metrics.get("seed", "?")}.
-Classifier: held-out accuracy {metrics.get("classifier_accuracy", float("nan")):.3f}, expected calibration error {metrics.get("classifier_ece_before", float("nan")):.3f} before and
-{metrics.get("classifier_ece_after", float("nan")):.3f} after temperature scaling.
+{_classifier_lines(metrics, space)}
 Versions: {", ".join(f"{k} {v}" for k, v in config.versions.items())}.
 
 The label means what the classifier learned from those images; it is as good, and as biased, as they are.

@@ -147,6 +147,7 @@ def test_the_label_encoder_files(folder):
 def test_the_classifier_files(folder):
     config = json.loads((folder / "classifier/config.json").read_text())
     assert {key: value for key, value in config.items() if not key.startswith("_")} == {
+        "coordinates": False,
         "label_space": SPACE,
         "image_size": 8,
         "in_channels": 3,

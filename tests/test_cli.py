@@ -322,7 +322,7 @@ def test_a_scorer_in_place_of_labelled_images(sd_folder, tmp_path):
     assert not (run / "classifier").exists()
     import evaluate
 
-    with pytest.raises(ValueError, match="no classifier, so no gap can be measured: give --scorer"):
+    with pytest.raises(ValueError, match="no classifier, so no gap can be measured: give --attribute, --scorer"):
         evaluate.main(["--adapter", str(run), "--config", write_config(tmp_path / "none.yaml", **settings(sd_folder, tmp_path))])
     again = evaluate.main(
         ["--adapter", str(run), "--config", str(tmp_path / "smoke.yaml"), "--output_dir", str(tmp_path / "again")]
@@ -546,3 +546,61 @@ def test_each_attribute_has_its_own_settings():
 def test_settings_of_several_attributes_that_do_not_fit(changes, message):
     with pytest.raises(ValueError, match=message):
         settings_of_a_run.TaskConfig(**{**TWO, **changes})
+
+
+def test_two_attributes_from_disjoint_datasets(sd_folder, tmp_path):
+    """A class and a number, each known of its own half of the digits: one classifier, one adapter, any subset at the call."""
+    changes = {
+        "attribute": ["stroke", "slant"],
+        "dataset": ["digits:stroke@0/2", "digits:slant_value@1/2"],
+        "oracle": ["digits_data:stroke_oracle", "digits_data:slant_value"],
+        "gamma": 0.05,
+        "gamma_range": [0.01, 0.05],
+        "label_bins": 2,
+        "batch_size": 11,
+    }
+    run = smoke(sd_folder, tmp_path, **changes)
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["num_labels"] == 80  # 40 of each half
+    assert {key.split(".")[1] for key in metrics if key.startswith("by_given.")} == {"stroke", "slant", "stroke+slant"}
+    for name in ("stroke", "slant", "stroke+slant"):
+        assert math.isfinite(metrics[f"by_given.{name}.gap"]) and math.isfinite(metrics[f"by_given.{name}.gap_from_base"])
+        assert math.isfinite(metrics[f"by_gamma.0.01.by_given.{name}.gap"])
+    assert -1 <= metrics["by_attribute.slant.correlation"] <= 1 and metrics["by_attribute.slant.correlation_se"] > 0
+    assert metrics["classifier_stroke.temperature"] > 0 and "classifier_slant.coverage_90_after" in metrics
+    assert {path.name for path in run.glob("*.png")} == {"samples.png", "curves.png", "confusion-stroke.png", "confusion-slant.png"}
+    card = (run / "README.md").read_text()
+    assert "stroke and slant" in card and "| stroke and slant |" in card and "cut at 0.246" in card and "from -2.5 to 2.5" in card
+    assert "Regression of slant" in card and "Classifier of stroke" in card
+    pipe = CTRLPipeline.from_pretrained(run)
+    labels = [{"stroke": "bold"}, {"slant": 1.5}, {"stroke": "bold", "slant": 1.5}, {"stroke": "thin", "slant": -1.5}]
+    images = [draw(pipe, label=label) for label in labels]
+    assert all(not torch.equal(a, b) for i, a in enumerate(images) for b in images[:i])
+    assert torch.equal(draw(pipe, label={"stroke": "bold", "slant": None}), images[0])
+    with pytest.raises(ValueError, match="use a number from -2.5 to 2.5"):
+        draw(pipe, label={"slant": 3})
+    import evaluate
+
+    config = str(tmp_path / "smoke.yaml")
+    again = evaluate.main(["--adapter", str(run), "--config", config, "--output_dir", str(tmp_path / "again")])
+    assert math.isfinite(again["by_given.stroke.gap"])
+    with pytest.raises(ValueError, match=r"about \['stroke'\], the adapter about \['stroke', 'slant'\]"):
+        evaluate.main(["--adapter", str(run), "--output_dir", str(tmp_path / "wrong")])
+
+
+def test_a_scorer_for_one_attribute_and_a_classifier_for_another(sd_folder, tmp_path):
+    changes = {
+        "attribute": ["stroke", "colour"],
+        "scorer": ["-", f"{__name__}:reddish"],
+        "label_names": ["-", "plain|red"],
+        "oracle": None,
+        "objective": "policy_gradient",
+    }
+    run = smoke(sd_folder, tmp_path, **changes)
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["num_labels"] == 40 and math.isfinite(metrics["by_given.stroke+colour.gap"])
+    # the classifier knows one of two attributes only: it is no p(y | x) of the adapter's
+    pipe = CTRLPipeline.from_pretrained(run)
+    assert pipe.classifier is None and pipe.label_space.attributes["colour"].names == ("plain", "red")
+    parts = [metrics[f"by_given.{name}.log_likelihood"] for name in ("stroke", "colour", "stroke+colour")]
+    assert all(part < 0 for part in parts)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from diffusers_ctrl.labels import Categorical, Continuous, LabelSpace
+from diffusers_ctrl.labels import Categorical, Continuous, LabelSpace, label_grid
 
 
 NAN = float("nan")
@@ -167,9 +167,42 @@ def test_spaces_differ_by_order_by_names_and_by_bounds():
     assert LabelSpace(slant=Continuous(-0.5, 0.5)) != LabelSpace(slant=Continuous(-0.5, 0.6))
 
 
-def test_values_are_the_named_labels_each_encodable():
-    assert two().values() == [{"stroke": "thin"}, {"stroke": "regular"}, {"stroke": "bold"}]
-    assert_rows(two().encode(two().values(), num_prompts=3), [[0.0, NAN], [1.0, NAN], [2.0, NAN]])
+def test_the_grid_has_every_combination_of_every_subset_the_smaller_first():
+    space = LabelSpace(stroke=Categorical(("thin", "bold")), slant=Continuous(-1.0, 2.0), size=Categorical(("small", "bold")))
+    grid = label_grid(space, bins=3)
+    assert len(grid.names) == len(set(grid.names)) == 3 * 4 * 3 - 1 == len(grid.labels) == len(grid.spread)
+    # a value that two attributes share is named with its attribute
+    assert grid.names[:7] == ("thin", "stroke bold", "slant -0.5", "slant 0.5", "slant 1.5", "small", "size bold")
+    assert grid.names[-1] == "stroke bold, slant 1.5, size bold"
+    assert_rows(grid.labels[:3], [[0.0, NAN, NAN], [1.0, NAN, NAN], [NAN, -0.5, NAN]])
+    assert_rows(grid.labels[-1:], [[1.0, 1.5, 1.0]])
+    assert torch.equal(grid.spread[:, 1] > 0, ~grid.labels[:, 1].isnan()) and grid.spread[:, [0, 2]].max() == 0
+    assert grid.spread[-1, 1] == 0.5  # half of a third of the interval
+    given = (~grid.labels.isnan()).sum(1)
+    assert torch.equal(given, given.sort().values)
+    assert len(label_grid(space, bins=3, subsets=False).labels) == 2 * 3 * 2
+    assert label_grid(LabelSpace(stroke=Categorical(("thin", "bold")))).labels.tolist() == [[0.0], [1.0]]
+
+
+def test_a_grid_that_is_too_large_or_empty_is_refused():
+    space = LabelSpace({f"a{i}": Categorical(("x", "y")) for i in range(12)})
+    with pytest.raises(ValueError, match="531440 combinations, more than 4096: use fewer bins, or no subsets"):
+        label_grid(space)
+    assert len(label_grid(space, subsets=False).labels) == 4096
+    with pytest.raises(ValueError, match="bins must be at least 1, got 0"):
+        label_grid(space, bins=0)
+
+
+def test_an_example_is_a_label_that_can_be_given():
+    for space in (
+        two(),
+        LabelSpace(stroke=Categorical(("thin", "bold"))),
+        LabelSpace(slant=Continuous(-1.0, 2.0)),
+    ):
+        row = space.encode(space.example())
+        assert not row.isnan().any()
+    assert LabelSpace(stroke=Categorical(("thin", "bold"))).example() == "bold"
+    assert LabelSpace(slant=Continuous(-1.0, 2.0)).example() == 1.25
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,7 @@ class HubServer:
         self.http = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"hub": self}))
         self.http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.http.server_port}"
+        self.cdn_url = f"http://localhost:{self.http.server_port}"  # another host to the client, as the real one's is
 
     def __enter__(self) -> HubServer:
         threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -245,7 +246,9 @@ class _Handler(BaseHTTPRequestHandler):
     # -- routes --
 
     def _route(self, path: str, query: dict[str, list[str]], body: bytes) -> None:
-        data = json.loads(body) if body and "json" in self.headers.get("Content-Type", "") and b"\n" not in body.strip() else None
+        kind = self.headers.get("Content-Type", "")
+        data = json.loads(body) if body and kind.endswith("json") and "ndjson" not in kind else None
+        data = parse_qs(body.decode()) if "form-urlencoded" in kind else data
         with self.hub.lock:
             for methods, pattern, handler in ROUTES:
                 found = re.fullmatch(pattern, path)
@@ -414,10 +417,12 @@ class _Handler(BaseHTTPRequestHandler):
         if blob.lfs:  # the content is elsewhere, and the ETag of the link is the content's
             headers |= {"X-Linked-Size": str(len(blob.data)), "X-Linked-ETag": f'"{blob.etag}"'}
             self.hub.objects[blob.sha256] = blob.data
-            return self._answer(b"", 302, headers | {"Location": f"{self.hub.url}/cdn/{blob.sha256}"})
+            return self._answer(b"", 302, headers | {"Location": f"{self.hub.cdn_url}/cdn/{blob.sha256}"})
         self._content(blob.data, blob.etag, headers)
 
     def cdn(self, oid: str, **_: object) -> None:
+        if "Authorization" in self.headers:
+            raise Refused(400, "", "a token was sent to the content network")
         self._content(self.hub.objects[oid], oid, {})
 
     def _content(self, data: bytes, etag: str, headers: dict[str, str]) -> None:

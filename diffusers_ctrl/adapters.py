@@ -316,8 +316,10 @@ def _read_model(folder: Path, name: str, cls: type) -> Any:
     state = read_tensors(member(folder, f"{name}/{WEIGHTS_NAME}"))
     path = member(folder, f"{name}/config.json")
     config = {key: value for key, value in read_json(path).items() if not key.startswith("_")}
-    if isinstance(config.get("members"), int) and config["members"] > len(state):
-        raise ValueError(f"{path} has members {shorten(config['members'])}, more than its weights' file has tensors.")
+    for key, value in config.items():  # members and widths decide how long building takes
+        count = len(value) if isinstance(value, (list, str)) else value if key == "members" and type(value) is int else 0
+        if count > len(state):
+            raise ValueError(f"{path} has {key} {shorten(value)}, more than its weights' file has tensors.")
     try:
         with torch.device("meta"):
             model = cls(**config)

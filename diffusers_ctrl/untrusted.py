@@ -56,7 +56,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of thousands of digits, thousands of brackets
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+        raise ValueError(f"{path} is not valid JSON: {shorten(str(error))}.") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(data).__name__}.")
     level: list[Any] = [data]
@@ -125,7 +125,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file: {error}.") from error
+        raise ValueError(f"{path} is truncated or not a safetensors file: {shorten(str(error))}.") from error
     tensors = {key: value.float() for key, value in tensors.items()}
     for key, value in tensors.items():
         if not torch.isfinite(value).all():  # float64 beyond float32's range included

@@ -155,6 +155,15 @@ def make_adapter(base: Path, pipe: diffusers.DiffusionPipeline, options: dict, g
     return collect_adapter(config, pipe.unet, policy.label_encoder, classifier)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--fuzz-seed", default="0", help="seed of the spoilt files in test_fuzz.py")
+
+
+@pytest.fixture(scope="session")
+def fuzz_seed(request) -> str:
+    return request.config.getoption("--fuzz-seed")
+
+
 @pytest.fixture(scope="session")
 def sd_folder(tmp_path_factory) -> Path:
     return write_sd(tmp_path_factory.mktemp("models") / "tiny-sd")

@@ -33,7 +33,13 @@ class Raised:
 def environment(url: str, home: Path, **extra: str) -> dict[str, str]:
     """A user's environment: of the Hub's variables only these, and no token that this machine happens to have."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING_FACE", "HUGGINGFACE", "PYTHONPATH"))}
-    kept |= {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
+    kept |= {
+        "HF_ENDPOINT": url,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
     return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | extra
 
 
@@ -42,7 +48,11 @@ class Client:
 
     def __init__(self, url: str, home: Path, **extra: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(url, home, **extra)
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment(url, home, **extra),
         )
 
     def __call__(self, code: str, **names: Any) -> Any:

@@ -195,7 +195,7 @@ def test_only_the_adapters_files_are_fetched(hub, client, pushed):
     client.ok("result = draw(CTRLPipeline.from_pretrained(repo))", repo=pushed)
     fetched = " ".join(line for line in hub.requests[before:] if "/resolve/" in line and ADAPTER in line)
     assert "ctrl_config.json" in fetched
-    assert not [name for name in ("pytorch_model", "run.py", "extra/", "README", ".png") if name in fetched], fetched
+    assert not [name for name in ("/pytorch_model.bin", "run.py", "extra/", "README", ".png") if name in fetched], fetched
 
 
 def test_ways_to_name_it(hub, client, pushed, expected, sd_folder):
@@ -231,7 +231,9 @@ def test_revision_subfolder_and_cache_dir(hub, client, pushed, expected, local, 
     assert client.ok(load, repo=pushed, cache=cache, more={}) == expected
     sha = hub.repos[pushed].refs["weak"]
     assert client.ok(load, repo=pushed, cache=cache, more={"revision": sha}) == weak
-    code = "pipe = CTRLPipeline.from_pretrained(base, revision=at); pipe.load_ctrl_adapter(repo, revision='weak'); result = draw(pipe)"
+    code = (
+        "pipe = CTRLPipeline.from_pretrained(base, revision=at); pipe.load_ctrl_adapter(repo, revision='weak'); result = draw(pipe)"
+    )
     assert client.ok(code, repo=pushed, base=BASE, at=load_adapter(local).config.base["revision"]) == weak
     assert {path.name for path in (tmp_path / "cache").glob("models--*")} == {"models--user--tiny-sd", "models--user--tiny-stroke"}
     missing = client(load, repo=pushed, cache=cache, more={"revision": "nowhere"})

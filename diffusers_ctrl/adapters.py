@@ -36,7 +36,7 @@ from .injection import lora_state_dict
 from .label_encoder import LabelEncoder
 from .labels import LabelSpace
 from .transitions import transition
-from .untrusted import is_number, member, read_json, read_tensors, shorten
+from .untrusted import clip, hub_cache, is_number, member, read_json, read_tensors, shorten
 
 
 FORMAT_VERSION = 1
@@ -326,9 +326,8 @@ def _read_model(folder: Path, name: str, cls: type) -> Any:
         model.load_state_dict(state, assign=True)
         return model.eval()
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, ArithmeticError) as error:
-        reason = shorten(str(error).strip().splitlines()[-1].strip() if str(error).strip() else type(error).__name__, 400).strip(
-            "'\""
-        )
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = clip(lines[-1].strip())
         raise ValueError(f"{folder / name} does not hold a {cls.__name__}: {reason}") from error
 
 
@@ -419,6 +418,15 @@ def load_adapter(folder: Path) -> Adapter:
         ValueError: for a missing, truncated or foreign file, an unknown key, or a newer format; the message names the file.
     """
     folder = Path(folder)
+    try:
+        return _load_adapter(folder)
+    except ValueError as error:
+        if hub_cache(folder) is None:
+            raise
+        raise ValueError(f"{error} It was downloaded: force_download=True fetches it again.") from error
+
+
+def _load_adapter(folder: Path) -> Adapter:
     config = read_config(folder)
     prefix = f"{config.denoiser}."
     lora = read_tensors(member(folder, LORA_NAME))
@@ -429,7 +437,7 @@ def load_adapter(folder: Path) -> Adapter:
     try:
         space = LabelSpace.from_dict(config.label_space)
     except (ValueError, TypeError, ArithmeticError) as error:
-        raise ValueError(f"{folder / CONFIG_NAME}: {shorten(str(error), 400)}") from error
+        raise ValueError(f"{folder / CONFIG_NAME}: {clip(str(error))}") from error
     for name, model in (("label_encoder", label_encoder), ("classifier", classifier)):
         if model is not None and model.label_space != space:
             raise ValueError(f"{folder}: the label space of {CONFIG_NAME} is not that of {name}/config.json.")

@@ -182,15 +182,16 @@ def download(
             raise ValueError(f"{found} is not where the Hub's cache keeps files.")
         wanted = [prefix + name for name in names]
         if not local_files_only:
-            sizes = {
-                f.path: f.size
-                for f in HfApi(token=token).get_paths_info(repo_id, wanted, revision=root.name)
-                if isinstance(f, RepoFile)
-            }
-            if sum(sizes.values()) > MAX_DOWNLOAD_BYTES:
-                raise ValueError(
-                    f"{repo_id!r} has {sum(sizes.values()):,} bytes of weights; more than {MAX_DOWNLOAD_BYTES:,} are not read."
-                )
+            try:
+                infos = HfApi(token=token).get_paths_info(repo_id, wanted, revision=root.name)
+            except Exception as error:  # the Hub went away: what is in the cache will do, as everywhere
+                if advice(error) is None:
+                    raise
+                common |= {"local_files_only": True, "force_download": False}
+            else:
+                size = sum(info.size for info in infos if isinstance(info, RepoFile))
+                if size > MAX_DOWNLOAD_BYTES:
+                    raise ValueError(f"{repo_id!r} has {size:,} bytes of weights; more than {MAX_DOWNLOAD_BYTES:,} are not read.")
         # by commit, so that all files are of one commit even if someone pushes meanwhile
         snapshot = snapshot_download(repo_id, revision=root.name, allow_patterns=[glob.escape(name) for name in wanted], **common)
     return Path(snapshot) / prefix

@@ -23,14 +23,22 @@ ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 def shorten(value: Any, length: int = 200) -> str:
-    """`repr(value)` for an error message, however long it is: a stranger's text must not flood the terminal."""
-    text = repr(value)
+    """`repr(value)` for an error message: a stranger's text must not flood the terminal, nor send it escape sequences."""
+    return clip(repr(value), length)
+
+
+def clip(text: str, length: int = 300) -> str:
     return text if len(text) <= length else f"{text[:length]}…"
 
 
 def is_number(value: Any) -> bool:
     """Whether a value from JSON is a finite number that fits a float."""
     return type(value) in (int, float) and -1e30 < value < 1e30
+
+
+def hub_cache(folder: Path) -> Path | None:
+    """The repository's folder in the Hub's cache, if `folder` is one of its snapshots (which link to its blobs) or inside one."""
+    return next((parent.parent for parent in folder.resolve().parents if parent.name == "snapshots"), None)
 
 
 def member(folder: Path, name: str) -> Path:
@@ -42,9 +50,8 @@ def member(folder: Path, name: str) -> Path:
     path = folder / name
     if not path.is_file():
         raise ValueError(f"The adapter has no {path.name} in {path.parent}.")
-    home, target = folder.resolve(), path.resolve()
-    cached = next((parent.parent / "blobs" for parent in home.parents if parent.name == "snapshots"), None)
-    if not target.is_relative_to(home) and not (cached is not None and target.is_relative_to(cached)):
+    home, target, cache = folder.resolve(), path.resolve(), hub_cache(folder)
+    if not target.is_relative_to(home) and not (cache is not None and target.is_relative_to(cache / "blobs")):
         raise ValueError(f"{path} is a link that leads out of the adapter's folder: only files inside it are read.")
     return path
 
@@ -56,7 +63,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of thousands of digits, thousands of brackets
-        raise ValueError(f"{path} is not valid JSON: {shorten(str(error))}.") from error
+        raise ValueError(f"{path} is not valid JSON: {clip(str(error))}.") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(data).__name__}.")
     level: list[Any] = [data]
@@ -125,7 +132,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file: {shorten(str(error))}.") from error
+        raise ValueError(f"{path} is truncated or not a safetensors file: {clip(str(error))}.") from error
     tensors = {key: value.float() for key, value in tensors.items()}
     for key, value in tensors.items():
         if not torch.isfinite(value).all():  # float64 beyond float32's range included

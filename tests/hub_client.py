@@ -19,6 +19,16 @@ from typing import Any
 
 
 ROOT = Path(__file__).resolve().parents[1]
+TOKEN, OTHER = "hf_ownersecret1234567890", "hf_othersecret0987654321"
+BASE, ADAPTER = "user/tiny-sd", "user/tiny-stroke"
+SNIPPET = """
+import torch
+from diffusers_ctrl import CTRLPipeline
+def draw(pipe, label="bold", **kwargs):
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe("seven", label=label, generator=torch.Generator().manual_seed(3), output_type="pt", **kwargs).images
+    return images.numpy().tobytes().hex()
+"""
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,10 @@ def environment(url: str, home: Path, **extra: str) -> dict[str, str]:
         "NO_PROXY": "127.0.0.1",
     }
     return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | extra
+
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
 class Client:

@@ -13,76 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from hub_client import Client, Raised, environment
-from hub_server import HubServer
+from hub_client import ADAPTER, BASE, OTHER, SNIPPET, TOKEN, Raised, contents, environment
 
 from diffusers_ctrl import CTRLPipeline
 from diffusers_ctrl.adapters import ADAPTER_FILES, load_adapter, push_adapter, save_adapter
-
-
-TOKEN, OTHER = "hf_ownersecret1234567890", "hf_othersecret0987654321"
-BASE, ADAPTER = "user/tiny-sd", "user/tiny-stroke"
-SNIPPET = """
-import torch
-from diffusers_ctrl import CTRLPipeline
-def draw(pipe, label="bold", **kwargs):
-    pipe.set_progress_bar_config(disable=True)
-    images = pipe("seven", label=label, generator=torch.Generator().manual_seed(3), output_type="pt", **kwargs).images
-    return images.numpy().tobytes().hex()
-"""
 
 
 def draw(pipe, label="bold"):
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(3)
     return pipe("seven", label=label, generator=generator, output_type="pt").images.numpy().tobytes().hex()
-
-
-def contents(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
-
-
-@pytest.fixture(scope="module")
-def hub(sd_folder):
-    with HubServer({TOKEN: "user", OTHER: "other"}, part_size=4096) as hub:
-        hub.create(BASE, contents(sd_folder))
-        yield hub
-
-
-@pytest.fixture(scope="module")
-def client(hub, tmp_path_factory):
-    client = Client(hub.url, tmp_path_factory.mktemp("home"))
-    client.ok(SNIPPET)
-    yield client
-    client.close()
-
-
-@pytest.fixture(scope="module")
-def local(hub, sd_adapter, tmp_path_factory):
-    """The tiny adapter as one would be that was trained on the Hub's base, at a commit."""
-    adapter = load_adapter(sd_adapter)
-    base = {**adapter.config.base, "id": BASE, "revision": hub.repos[BASE].refs["main"]}
-    folder = save_adapter(tmp_path_factory.mktemp("trained") / "run", replace(adapter, config=replace(adapter.config, base=base)))
-    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A card\n")
-    (folder / "samples.png").write_bytes(b"\x89PNG")
-    (folder / "metrics.json").write_text("{}")
-    (folder / "checkpoints").mkdir()
-    (folder / "checkpoints" / "state.safetensors").write_bytes(b"not for sharing")
-    (folder / "notes.txt").write_text("not for sharing either")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pushed(hub, client, local):
-    """The adapter's repository, pushed as the trainer does: from its output folder."""
-    url = client.ok(
-        "from diffusers_ctrl.adapters import push_adapter; result = push_adapter(folder, repo, token=token)",
-        folder=str(local),
-        repo=ADAPTER,
-        token=TOKEN,
-    )
-    assert url.startswith(f"{hub.url}/{ADAPTER}/commit/")
-    return ADAPTER
 
 
 @pytest.fixture(scope="module")
@@ -168,10 +108,10 @@ def test_the_server_alone_as_a_user_starts_it(tmp_path):
 # -- the round trip --
 
 
-def test_what_is_pushed(hub, pushed, local):
+def test_what_is_pushed(hub, pushed, trained):
     files = hub.files(pushed)
     assert set(files) == {*ADAPTER_FILES, "README.md", "metrics.json", "samples.png", ".gitattributes"}
-    assert {name: (local / name).read_bytes() for name in files if name != ".gitattributes"} == {
+    assert {name: (trained / name).read_bytes() for name in files if name != ".gitattributes"} == {
         name: data for name, data in files.items() if name != ".gitattributes"
     }
     assert len(hub.repos[pushed].commits) == 2  # the Hub's own first one, and one for the adapter
@@ -217,8 +157,8 @@ def test_the_base_comes_at_the_revision_that_the_adapter_names(hub, client, push
     assert client.ok(code, name=BASE, adapter=pushed) != expected
 
 
-def test_revision_subfolder_and_cache_dir(hub, client, pushed, expected, local, tmp_path):
-    weaker = load_adapter(local)
+def test_revision_subfolder_and_cache_dir(hub, client, pushed, expected, trained, tmp_path):
+    weaker = load_adapter(trained)
     save_adapter(tmp_path / "weak", replace(weaker, lora={key: value * 0 for key, value in weaker.lora.items()}))
     push = "from diffusers_ctrl.adapters import push_adapter; result = push_adapter(folder, repo, token=token, **more)"
     for more in ({"revision": "weak"}, {"subfolder": "sets/weak"}):
@@ -234,7 +174,7 @@ def test_revision_subfolder_and_cache_dir(hub, client, pushed, expected, local, 
     code = (
         "pipe = CTRLPipeline.from_pretrained(base, revision=at); pipe.load_ctrl_adapter(repo, revision='weak'); result = draw(pipe)"
     )
-    assert client.ok(code, repo=pushed, base=BASE, at=load_adapter(local).config.base["revision"]) == weak
+    assert client.ok(code, repo=pushed, base=BASE, at=load_adapter(trained).config.base["revision"]) == weak
     assert {path.name for path in (tmp_path / "cache").glob("models--*")} == {"models--user--tiny-sd", "models--user--tiny-stroke"}
     missing = client(load, repo=pushed, cache=cache, more={"revision": "nowhere"})
     assert "ValueError" in missing.kinds and "revision" in missing.message
@@ -291,8 +231,8 @@ def test_push_from_the_pipeline(hub, client, pushed, expected):
     assert client.ok("result = draw(CTRLPipeline.from_pretrained(repo, token=token))", repo="user/copy", token=TOKEN) == expected
 
 
-def test_a_second_push_takes_away_what_the_first_one_had(hub, client, local, tmp_path):
-    adapter = load_adapter(local)
+def test_a_second_push_takes_away_what_the_first_one_had(hub, client, trained, tmp_path):
+    adapter = load_adapter(trained)
     push = "from diffusers_ctrl.adapters import push_adapter; result = push_adapter(folder, 'user/twice', token=token)"
     client.ok(push, folder=str(save_adapter(tmp_path / "with", adapter)), token=TOKEN)
     hub.write("user/twice", {"my-notes.md": b"mine"})
@@ -309,9 +249,9 @@ def test_a_whole_pipeline_with_its_adapter_in_one_repository(hub, client, pushed
 # -- private, gated, missing, refused --
 
 
-def test_private_repositories(hub, client, pushed, local, expected):
+def test_private_repositories(hub, client, pushed, trained, expected):
     push = "from diffusers_ctrl.adapters import push_adapter; result = push_adapter(folder, repo, token=token, private=private)"
-    client.ok(push, folder=str(local), repo="user/secret", token=TOKEN, private=True)
+    client.ok(push, folder=str(trained), repo="user/secret", token=TOKEN, private=True)
     assert hub.repos["user/secret"].private and not hub.repos[pushed].private
     load = "result = draw(CTRLPipeline.from_pretrained('user/secret', token=token))"
     assert client.ok(load, token=TOKEN) == expected
@@ -326,7 +266,7 @@ def test_private_repositories(hub, client, pushed, local, expected):
     assert "ValueError" in gated.kinds and "accept its conditions" in gated.message
     # a private adapter is not slipped into a public repository
     commits = len(hub.repos[pushed].commits)
-    public = client(push, folder=str(local), repo=pushed, token=TOKEN, private=True)
+    public = client(push, folder=str(trained), repo=pushed, token=TOKEN, private=True)
     assert "ValueError" in public.kinds and "is public" in public.message and len(hub.repos[pushed].commits) == commits
 
 
@@ -340,15 +280,15 @@ def test_private_repositories(hub, client, pushed, local, expected):
         ("user/na me", TOKEN, "USER/NAME"),
     ],
 )
-def test_pushes_that_are_refused(hub, client, local, repo, token, message):
+def test_pushes_that_are_refused(hub, client, trained, repo, token, message):
     push = "from diffusers_ctrl.adapters import push_adapter; result = push_adapter(folder, repo, token=token)"
-    raised = client(push, folder=str(local), repo=repo, token=token)
+    raised = client(push, folder=str(trained), repo=repo, token=token)
     assert isinstance(raised, Raised) and "ValueError" in raised.kinds and message in raised.message
     assert repo not in hub.repos and (token is None or token not in raised.text)
 
 
-def test_nothing_is_sent_of_a_broken_adapter(hub, client, local, tmp_path):
-    broken = save_adapter(tmp_path / "broken", load_adapter(local))
+def test_nothing_is_sent_of_a_broken_adapter(hub, client, trained, tmp_path):
+    broken = save_adapter(tmp_path / "broken", load_adapter(trained))
     path = broken / "label_encoder" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     before = len(hub.requests)
@@ -414,7 +354,7 @@ def test_an_adapter_of_terabytes_is_not_fetched(hub, client, pushed, monkeypatch
     assert not any("safetensors" in line for line in hub.requests[before:] if "/resolve/" in line)
 
 
-def test_tokens_appear_nowhere(hub, client, local, pushed, tmp_path):
+def test_tokens_appear_nowhere(hub, client, trained, pushed, tmp_path):
     """Not in logs at the highest level, nor in files, nor in errors, that of a token with a line break included."""
     folder = str(tmp_path / "saved")
     code = """
@@ -431,18 +371,18 @@ finally:
     logging.getLogger().removeHandler(handler); logging.getLogger().setLevel(30)
     huggingface_hub.logging.set_verbosity_warning(); diffusers.utils.logging.set_verbosity_warning()
 """
-    result = client.ok(code, src=str(local), folder=folder, token=TOKEN)
+    result = client.ok(code, src=str(trained), folder=folder, token=TOKEN)
     assert client.text and TOKEN not in client.text and TOKEN not in result
     for path in [*tmp_path.rglob("*")]:
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
     assert all(TOKEN.encode() not in data for repo in hub.repos for data in hub.files(repo).values())
     for bad in (TOKEN + "\n", TOKEN + "é", "a " + TOKEN):
         for call in ("push_adapter(src, 'user/quiet', token=token)", "CTRLPipeline.from_pretrained('user/quiet', token=token)"):
-            raised = client(call, src=str(local), token=bad)
+            raised = client(call, src=str(trained), token=bad)
             assert "ValueError" in raised.kinds and "token" in raised.message and TOKEN not in raised.text
     for pattern, kind in (("commit", "cut"), ("preupload", "status"), ("resolve", "status"), ("resolve", "cut")):
         hub.fail(pattern, kind, times=50, status=500)
         for call in ("push_adapter(src, 'user/quiet2', token=token)", "CTRLPipeline.from_pretrained('user/quiet', token=token)"):
-            client(call, src=str(local), token=TOKEN)
+            client(call, src=str(trained), token=TOKEN)
             assert TOKEN not in client.text
         hub.faults.clear()

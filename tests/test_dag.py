@@ -27,6 +27,7 @@ ORDER = (
     "experience",
     "objectives",
     "adapters",
+    "export",
     "pipelines",
     "evaluation",
     "cards",

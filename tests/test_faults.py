@@ -3,7 +3,6 @@ to do, and a second try succeeds. Real HTTP, real file systems; disks are filled
 ended by SIGKILL.
 """
 
-import gc
 import os
 import random
 import resource
@@ -75,7 +74,7 @@ def test_uploads(hub, client, trained, images, fault, tmp_path):
 def test_an_update_that_fails_leaves_the_old_version(hub, client, trained, images, tmp_path):
     repo, adapter = "user/updated", load_adapter(trained)
     client.ok(PUSH, folder=str(trained), repo=repo, token=TOKEN)
-    other = replace(adapter, lora={key: -value for key, value in adapter.lora.items()})
+    other = replace(adapter, lora={key: value * 0 for key, value in adapter.lora.items()})
     changed = save_adapter(tmp_path / "changed", other)
     hub.fail("POST .*/commit/", "cut", times=ALWAYS)
     assert "ValueError" in client(PUSH, folder=str(changed), repo=repo, token=TOKEN).kinds
@@ -132,7 +131,7 @@ def test_a_cut_download_is_resumed(hub, client, pushed, images, tmp_path):
 
 def test_other_bytes_than_the_hub_has(hub, client, pushed, images, tmp_path):
     """The client compares sizes only, so they get into the cache; they are refused there, and force_download replaces them."""
-    hub.fail("GET /cdn/", "garbled", times=ALWAYS)
+    hub.fail("GET /cdn/", "garbled", times=3)  # the adapter's three files of weights
     raised = client(LOAD, repo=pushed, cache=str(tmp_path), more={})
     assert "ValueError" in raised.kinds and "not a safetensors file" in raised.message and "force_download=True" in raised.message
     hub.faults.clear()
@@ -223,7 +222,6 @@ def test_the_disk_fills_while_saving(adapter, tmp_path, exists):
 
 def in_a_child(run, kill_after=None):
     """Runs `run(started)` in a forked process, which SIGKILL ends some seconds after it called `started()`. Returns its exit code."""
-    gc.collect()
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:

@@ -27,8 +27,9 @@ def bake_label(pipe: DiffusionPipeline, adapter: Adapter, label: Label, gamma: f
     Its denoiser is then the tuned one for this label at every step, to rounding. Two things differ from `pipe(label=...)`:
 
     - under classifier-free guidance the unconditional half sees the label too, where the adapter was trained with it seeing none: guidance
-      then strengthens the prompt alone and no longer the label. Use the guidance scale that the label still looks right with, or
-      guidance scale 1, where nothing differs;
+      then strengthens the prompt alone and no longer the label. On the tests' tiny pipeline at guidance scale 5 the images differ by 0.035
+      (root mean square, of [0, 1]) where the label moves them by 0.054; without guidance by 1e-7. There is no exact way in a plain pipeline,
+      which runs one denoiser for both halves: prefer adapters trained without guidance for this;
     - a step without noise (mostly the last) is taken with the tuned model, where `pipe(label=...)` takes it with the base.
 
     Args:

@@ -48,6 +48,7 @@ CLASSIFIER_FILES = ("classifier/config.json", f"classifier/{WEIGHTS_NAME}")
 ADAPTER_FILES = (CONFIG_NAME, LORA_NAME, "label_encoder/config.json", f"label_encoder/{WEIGHTS_NAME}", *CLASSIFIER_FILES)
 CARD_FILES = ("README.md", "metrics.json")  # and the pictures beside them
 MAX_STEPS = 10_000
+MAX_NAME = 500  # characters
 PACKAGES = ("diffusers", "transformers", "torch", "accelerate", "peft", "huggingface-hub", "datasets")
 
 
@@ -377,11 +378,18 @@ def read_config(folder: Path) -> AdapterConfig:
     numbers = [sampler["guidance_scale"], data["gamma"], *(gamma_range or [])]
     steps, scheduler, options = sampler["num_inference_steps"], sampler["scheduler_config"], sampler["options"]
     known_options = _sampler_options()
+    names = [
+        base["id"],
+        base["revision"] or "",
+        sampler["scheduler"],
+        *(data[k] for k in ("pipeline_class", "denoiser", "injection_site")),
+    ]
     checks = {
         "base.id must be a string": isinstance(base["id"], str),
         "base.revision must be a string or null": isinstance(base["revision"], (str, type(None))),
         "base.denoiser_sha256 must be a string": isinstance(base["denoiser_sha256"], str),
         "sampler.scheduler must be a string": isinstance(sampler["scheduler"], str),
+        f"names may have {MAX_NAME} characters": all(len(name) <= MAX_NAME for name in names if isinstance(name, str)),
         "sampler.scheduler_config and sampler.options must be objects": isinstance(scheduler, dict) and isinstance(options, dict),
         f"sampler.num_inference_steps must be a positive integer, at most {MAX_STEPS}": type(steps) is int
         and 0 < steps <= MAX_STEPS,

@@ -128,7 +128,7 @@ def test_a_new_users_first_image(hub, pushed, expected, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     print(f"a new user's first image: {seconds:.1f} s, of which {used:.1f} s of processor time")
     assert done.stdout == expected
-    assert used < 15  # seconds of one processor, whatever else the machine does meanwhile
+    assert used < 30  # 15 s of two processors, whatever else the machine does meanwhile
 
 
 def test_only_the_adapters_files_are_fetched(hub, client, pushed):

@@ -5,8 +5,9 @@
     classifier/                        the same, optional: for evaluation and exact sampling
     ctrl_config.json                   everything else (`AdapterConfig`)
 
-Nothing is half-written: files go to a temporary folder first and are then renamed. Nothing is half-read: an adapter is read and
-checked as a whole before any pipeline is touched.
+Nothing is half-written: files go to a temporary folder first and are then renamed, ctrl_config.json last; without it nothing else is
+read. Nothing is half-read: an adapter is read and checked as a whole before any pipeline is touched. A stranger's adapter can name a
+base and change the numbers that come out of it, and no more: see untrusted.py and docs/sharing.md.
 """
 
 from __future__ import annotations
@@ -16,28 +17,38 @@ import inspect
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from . import assets
 from .classifiers import Classifier
+from .hub import DISK_FULL, check_subfolder, download, explained, is_repo_id, upload
 from .injection import lora_state_dict
 from .label_encoder import LabelEncoder
 from .labels import LabelSpace
+from .transitions import transition
+from .untrusted import clip, hub_cache, is_number, member, read_json, read_tensors, shorten
 
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "ctrl_config.json"
 LORA_NAME = "pytorch_lora_weights.safetensors"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+INDEX_NAME = "model_index.json"
+CLASSIFIER_FILES = ("classifier/config.json", f"classifier/{WEIGHTS_NAME}")
+ADAPTER_FILES = (CONFIG_NAME, LORA_NAME, "label_encoder/config.json", f"label_encoder/{WEIGHTS_NAME}", *CLASSIFIER_FILES)
+CARD_FILES = ("README.md", "metrics.json")  # and the pictures beside them
+MAX_STEPS = 10_000
+MAX_NAME = 500  # characters
 PACKAGES = ("diffusers", "transformers", "torch", "accelerate", "peft", "huggingface-hub", "datasets")
 
 
@@ -105,25 +116,80 @@ def denoiser_sha256(denoiser: nn.Module) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def resolve_folder(name: str | os.PathLike, **hub_kwargs: Any) -> Path:
-    """A local folder, an embedded model's name, or a Hub id -> a local folder.
+def find_adapter(name: str | os.PathLike, *, subfolder: str | None = None, **hub_kwargs: Any) -> Path | None:
+    """A local folder, an embedded model's name, or a Hub id -> the local folder of the adapter, or None if that is no adapter.
+
+    Of a Hub repository only the adapter's own files are fetched (and model_index.json), all of one commit.
+
+    Args:
+        subfolder: where in the folder or repository the adapter is.
+        hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, as everywhere.
 
     Raises:
-        ValueError: if it is none of these.
+        ValueError: if it is none of these, or cannot be downloaded.
     """
-    path = Path(name)
-    if path.is_dir():
-        return path
-    embedded = assets.find(str(name))
-    if embedded is not None:
-        return embedded
-    try:
-        return Path(snapshot_download(str(name), **hub_kwargs))
-    except Exception as error:
+    hub_kwargs.pop("proxies", None)  # the Hub's client takes them from the environment
+    inside = check_subfolder(subfolder)
+    folder = local_folder(name)
+    if folder is not None:
+        return folder / inside if is_adapter(folder / inside) else None
+    if not is_repo_id(str(name)):
         raise ValueError(
-            f"{str(name)!r} is neither a local folder, nor an embedded model ({', '.join(assets.names())}), nor could it be "
-            f"downloaded from the Hub: {type(error).__name__}."
-        ) from error
+            f"{str(name)!r} is neither a local folder, nor an embedded model ({', '.join(assets.names())}), nor a Hub id, which is "
+            "written USER/NAME."
+        )
+    try:
+        return download(str(name), (*ADAPTER_FILES, INDEX_NAME), marker=CONFIG_NAME, subfolder=subfolder, **hub_kwargs)
+    except ValueError as error:
+        raise ValueError(f"{str(name)!r} is neither a local folder nor an embedded model, and {error}") from error
+
+
+def resolve_folder(name: str | os.PathLike, *, subfolder: str | None = None, **hub_kwargs: Any) -> Path:
+    """A local folder, an embedded model's name, or a Hub id, of an adapter or of a pipeline -> a local folder.
+
+    Raises:
+        ValueError: if it is none of these, or cannot be downloaded.
+    """
+    folder = find_adapter(name, subfolder=subfolder, **hub_kwargs)
+    if folder is not None:
+        return folder
+    folder = local_folder(name)
+    if folder is not None:
+        return folder / check_subfolder(subfolder)
+    if subfolder:
+        raise ValueError(f"The Hub repository {str(name)!r} has no adapter in its folder {subfolder!r}.")
+    with explained(f"The pipeline {str(name)!r} could not be downloaded from the Hub"):
+        # only what diffusers would load: repositories of popular models hold each weight several times
+        return Path(DiffusionPipeline.download(str(name), **hub_kwargs))
+
+
+def local_folder(name: str | os.PathLike) -> Path | None:
+    """The folder that `name` is, or the embedded model of that name, or None."""
+    return Path(name) if Path(name).is_dir() else assets.find(str(name))
+
+
+def adapter_base(config: AdapterConfig, *, from_hub: bool, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Id of the base that an adapter names, and the keywords to load it with: its revision, and safetensors only.
+
+    Args:
+        from_hub: the adapter was downloaded: its base is then a Hub id or an embedded model, never a path.
+        given: the caller's own keywords.
+
+    Raises:
+        ValueError: for such a path, or for keywords that would run a program chosen by the adapter.
+    """
+    base = config.base["id"]
+    if from_hub and assets.find(base) is None and not is_repo_id(base):
+        raise ValueError(
+            f"The adapter names the base {shorten(base)}, which is no Hub id: load the base yourself and pass adapter=."
+        )
+    if program := [name for name in ("trust_remote_code", "custom_pipeline") if given.get(name)]:
+        raise ValueError(f"{program[0]} is not taken for a base that an adapter names: load the base yourself and pass adapter=.")
+    if given.get("use_safetensors") is False:
+        raise ValueError(
+            "use_safetensors=False is not taken for a base that an adapter names: load the base yourself and pass adapter=."
+        )
+    return base, {"revision": config.base["revision"], "use_safetensors": True}
 
 
 def is_adapter(folder: Path) -> bool:
@@ -131,34 +197,54 @@ def is_adapter(folder: Path) -> bool:
 
 
 def save_adapter(folder: str | os.PathLike, adapter: Adapter, dtype: torch.dtype | None = None) -> Path:
-    """Writes the adapter into `folder`, which may hold other files. `dtype`: stored precision, as in memory if None."""
+    """Writes the adapter into `folder`, which may hold other files. `dtype`: stored precision, as in memory if None.
+
+    Raises:
+        OSError: if it cannot be written (disk full, no permission); what was in the folder before is then untouched.
+    """
     folder = Path(folder).absolute()
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary = _temporary(folder)
+    try:
+        _write(temporary, adapter, dtype)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        full = (isinstance(error, OSError) and error.errno in DISK_FULL) or any(f"os error {n}" in str(error) for n in DISK_FULL)
+        reason = "the disk is full: free some space and save again" if full else str(error)
+        raise OSError(f"The adapter could not be written to {folder}, which is as it was: {reason}.") from error
+    if not folder.exists():
+        os.replace(temporary, folder)
+        return folder
+    # without its config the folder is no adapter: a process that ends here leaves none, rather than one with weights of two
+    (folder / CONFIG_NAME).unlink(missing_ok=True)
+    written = sorted(path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file())
+    for path in sorted(written, key=lambda p: p.as_posix() == CONFIG_NAME):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        if path.as_posix() == CONFIG_NAME and adapter.classifier is None:
+            shutil.rmtree(folder / "classifier", ignore_errors=True)
+        os.replace(temporary / path, folder / path)
+    shutil.rmtree(temporary)
+    return folder
+
+
+def _temporary(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.saving")
+
+
+def _write(folder: Path, adapter: Adapter, dtype: torch.dtype | None) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
     def stored(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {key: value.detach().cpu().to(dtype or value.dtype).contiguous() for key, value in state.items()}
 
     prefix = adapter.config.denoiser
     # the metadata entry is what the Hub and other readers tell the framework by
-    save_file(stored({f"{prefix}.{k}": v for k, v in adapter.lora.items()}), temporary / LORA_NAME, metadata={"format": "pt"})
+    save_file(stored({f"{prefix}.{k}": v for k, v in adapter.lora.items()}), folder / LORA_NAME, metadata={"format": "pt"})
     for name, model in (("label_encoder", adapter.label_encoder), ("classifier", adapter.classifier)):
         if model is not None:
-            model.save_config(temporary / name)
-            save_file(stored(model.state_dict()), temporary / name / WEIGHTS_NAME, metadata={"format": "pt"})
-    save_config(temporary, adapter.config)
-    if not folder.exists():
-        os.replace(temporary, folder)
-        return folder
-    written = sorted(path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file())
-    for path in sorted(written, key=lambda p: p.name == CONFIG_NAME):  # the config last: it says that the adapter is there
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(temporary / path, folder / path)
-    if adapter.classifier is None:
-        shutil.rmtree(folder / "classifier", ignore_errors=True)
-    shutil.rmtree(temporary)
-    return folder
+            model.save_config(folder / name)
+            save_file(stored(model.state_dict()), folder / name / WEIGHTS_NAME, metadata={"format": "pt"})
+    save_config(folder, adapter.config)
 
 
 def save_config(folder: Path, config: AdapterConfig) -> None:
@@ -168,54 +254,102 @@ def save_config(folder: Path, config: AdapterConfig) -> None:
     os.replace(temporary, folder / CONFIG_NAME)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def push_adapter(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    base: str | None = None,
+    base_revision: str | None = None,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+) -> str:
+    """Uploads an adapter folder as one commit: its own files, its card, metrics.json and the pictures beside it, and nothing else of it.
+
+    Args:
+        folder: what `save_adapter` or training wrote. It is read and checked as a whole before anything is sent.
+        base, base_revision: Hub id of the base, where the adapter was trained on a local copy of it. The folder itself keeps its own.
+        token, private, revision, subfolder, create_pr, commit_message: as for diffusers' `push_to_hub`. private=True refuses a
+            repository that exists and is public.
+
+    Returns:
+        URL of the commit or pull request.
+
+    Raises:
+        ValueError: if the folder is no whole adapter, its base is a folder of this machine, or the upload fails; with what to do.
+            Trying again is safe.
+    """
+    folder = Path(folder)
+    config = load_adapter(folder).config
+    if base is not None:
+        config = replace(config, base={**config.base, "id": base, "revision": base_revision})
+    check_shareable(config.base["id"])
+    names = [*ADAPTER_FILES, *CARD_FILES, *(path.name for path in sorted(folder.glob("*.png")))]
+    files: dict[str, Path | bytes] = {name: member(folder, name) for name in names if (folder / name).exists()}
+    if base is not None:
+        files[CONFIG_NAME] = (json.dumps(asdict(config), indent=2) + "\n").encode()
+    return upload(
+        files,
+        repo_id,
+        managed=ADAPTER_FILES,
+        subfolder=subfolder,
+        token=token,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message or "CTRL adapter",
+    )
+
+
+def check_shareable(base: str) -> None:
+    """Raises ValueError unless others can load a base of this name: a Hub id or an embedded model, not a folder of this machine."""
+    if assets.find(base) is None and (Path(base).is_dir() or not is_repo_id(base)):
+        raise ValueError(
+            f"The adapter's base {base!r} is a folder of this machine, which nobody else has: pass the Hub id of the same weights as base=."
+        )
+
+
+def _read_model(folder: Path, name: str, cls: type) -> Any:
+    """A LabelEncoder or a Classifier. It is built without storage first, so that only what the file holds is ever allocated."""
+    state = read_tensors(member(folder, f"{name}/{WEIGHTS_NAME}"))
+    path = member(folder, f"{name}/config.json")
+    config = {key: value for key, value in read_json(path).items() if not key.startswith("_")}
+    for key, value in config.items():  # members and widths decide how long building takes
+        count = len(value) if isinstance(value, (list, str)) else value if key == "members" and type(value) is int else 0
+        if count > len(state):
+            raise ValueError(f"{path} has {key} {shorten(value)}, more than its weights' file has tensors.")
     try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ValueError(f"The adapter has no {path.name} in {path.parent}.") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(data).__name__}.")
-    return data
-
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise ValueError(f"The adapter has no {path.name} in {path.parent}.")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file: {error}.") from error
-    for key, value in tensors.items():
-        if not value.is_floating_point() or not torch.isfinite(value).all():
-            raise ValueError(f"{path} holds a tensor {key!r} that is not finite floating point.")
-    return {key: value.float() for key, value in tensors.items()}
-
-
-def _read_model(folder: Path, cls: type) -> Any:
-    config = {k: v for k, v in _read_json(folder / "config.json").items() if not k.startswith("_")}
-    state = _read_tensors(folder / WEIGHTS_NAME)
-    try:
-        model = cls(**config)
-        model.load_state_dict(state)
-    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
-        raise ValueError(f"{folder} does not hold a {cls.__name__}: {str(error).strip().splitlines()[-1].strip()}") from error
-    return model.eval()
+        with torch.device("meta"):
+            model = cls(**config)
+        model.load_state_dict(state, assign=True)
+        return model.eval()
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, ArithmeticError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = clip(lines[-1].strip())
+        raise ValueError(f"{folder / name} does not hold a {cls.__name__}: {reason}") from error
 
 
 def read_config(folder: Path) -> AdapterConfig:
     """Reads and checks ctrl_config.json. Raises ValueError naming the file and the key that is wrong."""
-    path = folder / CONFIG_NAME
-    data = _read_json(path)
+    if not (folder / CONFIG_NAME).exists() and (_temporary(folder.absolute()) / CONFIG_NAME).exists():
+        raise ValueError(
+            f"The adapter has no {CONFIG_NAME} in {folder}: the process that was saving it there was ended. Save it again."
+        )
+    path = member(folder, CONFIG_NAME)
+    data = read_json(path)
     found = data.get("format_version")
     if not isinstance(found, int) or isinstance(found, bool) or found < 1:
-        raise ValueError(f"{path} has format_version {found!r}; a positive integer is needed.")
+        raise ValueError(f"{path} has format_version {shorten(found)}; a positive integer is needed.")
     if found > FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {found}, newer than the {FORMAT_VERSION} known here: upgrade diffusers_ctrl.")
+        raise ValueError(
+            f"{path} has format version {shorten(found)}, newer than the {FORMAT_VERSION} known here: upgrade diffusers_ctrl."
+        )
     known = {f.name for f in fields(AdapterConfig)}
     if unknown := sorted(set(data) - known):
-        raise ValueError(f"{path} has unknown keys {unknown}; known are {sorted(known)}.")
+        raise ValueError(f"{path} has unknown keys {shorten(unknown)}; known are {sorted(known)}.")
     required = known - {"versions", "metrics"}
     if missing := sorted(required - set(data)):
         raise ValueError(f"{path} lacks {missing}.")
@@ -242,27 +376,47 @@ def read_config(folder: Path) -> AdapterConfig:
             raise ValueError(f"{path}: {key} lacks {lacking}.")
     base, sampler, gamma_range = data["base"], data["sampler"], data["gamma_range"]
     numbers = [sampler["guidance_scale"], data["gamma"], *(gamma_range or [])]
+    steps, scheduler, options = sampler["num_inference_steps"], sampler["scheduler_config"], sampler["options"]
+    known_options = _sampler_options()
+    names = [
+        base["id"],
+        base["revision"] or "",
+        sampler["scheduler"],
+        *(data[k] for k in ("pipeline_class", "denoiser", "injection_site")),
+    ]
     checks = {
         "base.id must be a string": isinstance(base["id"], str),
         "base.revision must be a string or null": isinstance(base["revision"], (str, type(None))),
         "base.denoiser_sha256 must be a string": isinstance(base["denoiser_sha256"], str),
         "sampler.scheduler must be a string": isinstance(sampler["scheduler"], str),
-        "sampler.scheduler_config and sampler.options must be objects": isinstance(sampler["scheduler_config"], dict)
-        and isinstance(sampler["options"], dict),
-        "sampler.num_inference_steps must be a positive integer": type(sampler["num_inference_steps"]) is int
-        and sampler["num_inference_steps"] > 0,
-        "gamma, gamma_range and sampler.guidance_scale must be numbers": all(type(n) in (int, float) for n in numbers),
-        "gamma must be positive, gamma_range null or 0 < low < high": type(data["gamma"]) in (int, float)
+        f"names may have {MAX_NAME} characters": all(len(name) <= MAX_NAME for name in names if isinstance(name, str)),
+        "sampler.scheduler_config and sampler.options must be objects": isinstance(scheduler, dict) and isinstance(options, dict),
+        f"sampler.num_inference_steps must be a positive integer, at most {MAX_STEPS}": type(steps) is int
+        and 0 < steps <= MAX_STEPS,
+        "gamma, gamma_range and sampler.guidance_scale must be numbers": all(map(is_number, numbers)),
+        "gamma must be positive, gamma_range null or 0 < low < high": is_number(data["gamma"])
         and data["gamma"] > 0
         and (
             gamma_range is None
-            or (len(gamma_range) == 2 and all(type(n) in (int, float) for n in gamma_range) and 0 < gamma_range[0] < gamma_range[1])
+            or (len(gamma_range) == 2 and all(map(is_number, gamma_range)) and 0 < gamma_range[0] < gamma_range[1])
         ),
+        # they become arguments of the pipeline's call: a stranger's adapter must not choose others
+        f"sampler.options may hold numbers under {known_options} only": isinstance(options, dict)
+        and all(name in known_options and is_number(value) for name, value in options.items()),
+        f"sampler.scheduler_config.num_train_timesteps must be an integer from 1 to {MAX_STEPS}": isinstance(scheduler, dict)
+        and type(trained := scheduler.get("num_train_timesteps", 1000)) is int
+        and 0 < trained <= MAX_STEPS,
     }
     for message, holds in checks.items():
         if not holds:
             raise ValueError(f"{path}: {message}.")
     return AdapterConfig(**data)
+
+
+def _sampler_options() -> list[str]:
+    """Names of the transitions' own settings, such as DDIM's eta."""
+    parameters = [p for law in transition.registry.values() for p in inspect.signature(law).parameters.values()]
+    return sorted({p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY})
 
 
 def load_adapter(folder: Path) -> Adapter:
@@ -271,17 +425,27 @@ def load_adapter(folder: Path) -> Adapter:
     Raises:
         ValueError: for a missing, truncated or foreign file, an unknown key, or a newer format; the message names the file.
     """
+    folder = Path(folder)
+    try:
+        return _load_adapter(folder)
+    except ValueError as error:
+        if hub_cache(folder) is None:
+            raise
+        raise ValueError(f"{error} It was downloaded: force_download=True fetches it again.") from error
+
+
+def _load_adapter(folder: Path) -> Adapter:
     config = read_config(folder)
     prefix = f"{config.denoiser}."
-    lora = _read_tensors(folder / LORA_NAME)
+    lora = read_tensors(member(folder, LORA_NAME))
     if foreign := [key for key in lora if not key.startswith(prefix)]:
-        raise ValueError(f"{folder / LORA_NAME} has keys that do not start with {prefix!r}: {foreign[:3]}.")
-    label_encoder = _read_model(folder / "label_encoder", LabelEncoder)
-    classifier = _read_model(folder / "classifier", Classifier) if (folder / "classifier").is_dir() else None
+        raise ValueError(f"{folder / LORA_NAME} has keys that do not start with {shorten(prefix)}: {shorten(foreign[:3])}.")
+    label_encoder = _read_model(folder, "label_encoder", LabelEncoder)
+    classifier = _read_model(folder, "classifier", Classifier) if (folder / "classifier").is_dir() else None
     try:
         space = LabelSpace.from_dict(config.label_space)
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise ValueError(f"{folder / CONFIG_NAME}: {clip(str(error))}") from error
     for name, model in (("label_encoder", label_encoder), ("classifier", classifier)):
         if model is not None and model.label_space != space:
             raise ValueError(f"{folder}: the label space of {CONFIG_NAME} is not that of {name}/config.json.")

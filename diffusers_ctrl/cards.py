@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,19 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .adapters import AdapterConfig
 from .evaluation import by_gamma
+from .hub import is_repo_id
 from .labels import Categorical, Continuous, LabelSpace
+
+
+def _escaped(text: str) -> str:
+    """The text on one line, without what Markdown, HTML or a table would take for its own."""
+    text = html.escape(" ".join(str(text).split()), quote=False)
+    return re.sub(r"([\\`*_{}\[\]()#|!])", lambda found: f"&#{ord(found.group())};", text)
+
+
+def _code(name: str) -> str:
+    """A name as code, whatever is in it."""
+    return f"`{name}`" if re.fullmatch(r"[\w .,:+=-]+", name) else f"<code>{_escaped(name)}</code>"
 
 
 def _number(metrics: dict[str, Any], name: str, digits: int = 3) -> str:
@@ -27,11 +41,11 @@ def _label_lines(space: LabelSpace) -> str:
     for name, attribute in space.attributes.items():
         if isinstance(attribute, Categorical):
             cut = f", cut at {', '.join(f'{t:.4g}' for t in attribute.thresholds)}" if attribute.thresholds else ""
-            cut += f" ({attribute.unit})" * bool(attribute.unit)
-            lines.append(f"- `{name}`: {', '.join(f'`{n}`' for n in attribute.names)}{cut}")
+            cut += f" ({_escaped(attribute.unit)})" * bool(attribute.unit)
+            lines.append(f"- {_code(name)}: {', '.join(map(_code, attribute.names))}{cut}")
         else:
             lines.append(
-                f"- `{name}`: a number from {attribute.low:g} to {attribute.high:g}{' ' * bool(attribute.unit)}{attribute.unit}"
+                f"- {_code(name)}: a number from {attribute.low:g} to {attribute.high:g} {_escaped(attribute.unit)}".rstrip()
             )
     return "\n".join(lines)
 
@@ -49,12 +63,12 @@ def _classifier_lines(metrics: dict[str, Any], space: LabelSpace) -> str:
             continue
         if isinstance(attribute, Categorical):
             lines.append(
-                f"Classifier of {name}: held-out accuracy {number('accuracy')}, expected calibration error {number('ece_before')} before and\n"
+                f"Classifier of {_escaped(name)}: held-out accuracy {number('accuracy')}, expected calibration error {number('ece_before')} before and\n"
                 f"{number('ece_after')} after temperature scaling."
             )
         else:
             lines.append(
-                f"Regression of {name}: held-out correlation {number('correlation')}, its central 50 % and 90 % intervals hold\n"
+                f"Regression of {_escaped(name)}: held-out correlation {number('correlation')}, its central 50 % and 90 % intervals hold\n"
                 f"{number('coverage_50_after')} and {number('coverage_90_after')} of the labels."
             )
     return "\n".join(lines)
@@ -67,7 +81,9 @@ def _part_rows(metrics: dict[str, Any]) -> str:
         return ""
     names = ("accuracy", "exact_accuracy", "kl", "gap", "gap_from_base")
     rows = "".join(
-        f"\n| {name.replace('+', ' and ')} | " + " | ".join(_number(metrics, f"by_given.{name}.{key}") for key in names) + " |"
+        f"\n| {_escaped(name.replace('+', ' and '))} | "
+        + " | ".join(_number(metrics, f"by_given.{name}.{key}") for key in names)
+        + " |"
         for name in given
     )
     return f"\nBy what the label gives:\n\n| given | accuracy | exact law's | KL | gap | gap to log Z from base samples |\n| --- | --- | --- | --- | --- | --- |{rows}\n"
@@ -76,7 +92,7 @@ def _part_rows(metrics: dict[str, Any]) -> str:
 def _continuous_rows(metrics: dict[str, Any], space: LabelSpace) -> str:
     """One line a continuous attribute: how what is asked for and what is measured agree."""
     return "".join(
-        f"\n`{name}`: correlation of asked and measured {_number(metrics, f'by_attribute.{name}.correlation')} (exact law "
+        f"\n{_code(name)}: correlation of asked and measured {_number(metrics, f'by_attribute.{name}.correlation')} (exact law "
         f"{_number(metrics, f'exact_by_attribute.{name}.correlation')}), mean error "
         f"{_number(metrics, f'by_attribute.{name}.mean_error')} (exact law {_number(metrics, f'exact_by_attribute.{name}.mean_error')}).\n"
         for name, attribute in space.attributes.items()
@@ -88,7 +104,7 @@ def card_text(config: AdapterConfig, *, prompts: Sequence[str]) -> str:
     """The card's Markdown body."""
     metrics = config.metrics
     space = LabelSpace.from_dict(config.label_space)
-    title, label = " and ".join(space.attributes), repr(space.example())
+    title, label = _escaped(" and ".join(space.attributes)), repr(space.example())
     prompt = f"{prompts[-1]!r}, " if prompts and prompts[-1] else ""
     rows = "\n".join(
         f"| {title} | {_number(metrics, name)} | {_number(metrics, 'base_' + name)} | {_number(metrics, 'exact_' + name)} |"
@@ -118,10 +134,10 @@ def card_text(config: AdapterConfig, *, prompts: Sequence[str]) -> str:
             + "\n"
         )
     doubt = " The effective sample size is low: the gap is only a lower bound." if metrics.get("gap_is_lower_bound") else ""
-    return f"""# {title} for {config.base["id"]}
+    return f"""# {title} for {_escaped(config.base["id"])}
 
 A label-conditioned adapter for `{config.pipeline_class}`, made with [diffusers_ctrl](https://arxiv.org/abs/2406.12120).
-It samples from p(x | prompt) · p({", ".join(space.attributes)} | x)^{config.gamma:g}. A label may give any of:
+It samples from p(x | prompt) · p({", ".join(map(_escaped, space.attributes))} | x)^{config.gamma:g}. A label may give any of:
 
 {_label_lines(space)}
 
@@ -170,9 +186,10 @@ def save_card(folder: str | os.PathLike, config: AdapterConfig, *, prompts: Sequ
         for name, metric in (("gap", "gap to the exact conditional law (nats)"), ("accuracy", "label accuracy"))
         if metrics.get(name) is not None
     ]
+    shared = is_repo_id(config.base["id"])  # a folder of this machine is nobody else's base
     data = ModelCardData(
-        base_model=config.base["id"],
-        base_model_relation="adapter",
+        base_model=config.base["id"] if shared else None,
+        base_model_relation="adapter" if shared else None,
         library_name="diffusers",
         tags=["diffusers_ctrl", "lora", "conditional-control", "reinforcement-learning"],
         license="apache-2.0",

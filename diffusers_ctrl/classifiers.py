@@ -101,8 +101,14 @@ class Classifier(ModelMixin, ConfigMixin):
         self.label_space = LabelSpace.from_dict(label_space)
         if members < 1:
             raise ValueError(f"members must be at least 1, got {members}.")
+        if not 1 <= image_size <= 4096:
+            raise ValueError(f"image_size must be from 1 to 4096, got {image_size}.")
         if temperatures is None:
             self.register_to_config(temperatures=(1.0,) * len(self.label_space))
+        elif len(temperatures) != len(self.label_space) or not all(1e-6 < t < 1e6 for t in temperatures):
+            raise ValueError(
+                f"temperatures must be {len(self.label_space)} positive numbers, one an attribute, got {temperatures}."
+            )
         outputs = [len(a.names) if isinstance(a, Categorical) else 2 for a in self.label_space.attributes.values()]
         self.networks = nn.ModuleList(_Network(in_channels, tuple(widths), outputs, coordinates) for _ in range(members))
 

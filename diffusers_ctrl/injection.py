@@ -199,6 +199,12 @@ def load_lora_state_dict(denoiser: nn.Module, state: dict[str, torch.Tensor], ad
             raise ValueError(f"The LoRA has weights for {name!r}, which {type(denoiser).__name__} does not have.")
         if f"{name}.lora_B.weight" not in state:
             raise ValueError(f"The LoRA has no {name}.lora_B.weight beside its lora_A.")
+        # before the layers are built: a stranger's shapes must not decide how much is allocated
+        down, up, weight = state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"], getattr(modules[name], "weight", None)
+        if weight is None or down.shape[1:2] != weight.shape[1:2] or up.shape[:2] != (weight.shape[0], len(down)):
+            raise ValueError(
+                f"The LoRA does not fit {type(denoiser).__name__}: {name} has weights {list(down.shape)} and {list(up.shape)}."
+            )
     if not ranks or len(state) != 2 * len(ranks):
         raise ValueError("The LoRA's keys are not pairs of NAME.lora_A.weight and NAME.lora_B.weight.")
     # ^…$ would be read as a suffix list's entry; the patterns here are whole module names

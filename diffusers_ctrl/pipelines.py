@@ -20,10 +20,13 @@ from diffusers import DiffusionPipeline
 
 from .adapters import (
     Adapter,
+    adapter_base,
     check_base,
     collect_adapter,
-    is_adapter,
+    find_adapter,
     load_adapter,
+    local_folder,
+    push_adapter,
     read_config,
     resolve_folder,
     save_adapter,
@@ -32,6 +35,7 @@ from .bases import denoiser_of
 from .calls import Roles
 from .classifiers import Classifier
 from .controls import Control, StrengthHook, add_control, control_hook, remove_control
+from .hub import advice, explained
 from .injection import find_injection_site, site_width
 from .labels import Label, LabelSpace
 from .rollouts import Sampler
@@ -66,33 +70,39 @@ class CTRLPipeline(DiffusionPipeline):
         Args:
             pretrained_model_name_or_path: a local folder, an embedded model's name, or a Hub id; of a base or of an adapter.
             adapter: the adapter, where the first argument is a base.
-            kwargs: passed to the base class's `from_pretrained` (`torch_dtype`, `revision`, `token`, …).
+            subfolder: where in its folder or repository the adapter is.
+            kwargs: passed to the base class's `from_pretrained` (`torch_dtype`, `token`, `cache_dir`, `local_files_only`, …). `revision`
+                is that of the first argument; an adapter brings the revision of its base, whose weights must be safetensors.
 
         Raises:
             ValueError: if the adapter cannot be read or does not match the base.
         """
         name = pretrained_model_name_or_path
+        subfolder = kwargs.pop("subfolder", None)
         hub = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
-        folder = _local_folder(name)
-        if folder is None and adapter is None and _hub_has_adapter(name, hub):
-            folder = resolve_folder(name, **hub)
-        if folder is not None and is_adapter(folder) and adapter is None:
-            adapter = folder
-            if not (folder / "model_index.json").is_file():
-                config = read_config(folder)
-                name, folder = config.base["id"], _local_folder(config.base["id"])
-                kwargs["revision"] = config.base["revision"]
-        location = folder if folder is not None else name
-        try:
-            index = DiffusionPipeline.load_config(location, **hub | {"revision": kwargs.get("revision")})
-        except OSError as error:
-            raise ValueError(f"No pipeline could be loaded from {str(location)!r}: {error}") from error
+        own = find_adapter(name, subfolder=subfolder, **hub) if adapter is None else None
+        if own is not None and not (own / "model_index.json").is_file():
+            name, chosen = adapter_base(read_config(own), from_hub=local_folder(name) is None, given=kwargs)
+            kwargs |= chosen
+        elif own is not None and subfolder is not None:
+            name = own
+        location = local_folder(name) or name
+        with explained(f"The pipeline {str(location)!r} could not be loaded"):
+            try:
+                index = DiffusionPipeline.load_config(location, **hub | {"revision": kwargs.get("revision")})
+            except OSError as error:
+                if advice(error) is not None:
+                    raise
+                raise ValueError(f"No pipeline could be loaded from {str(location)!r}: {error}") from error
         base_class = getattr(diffusers, str(index.get("_class_name")), None)
         if not (inspect.isclass(base_class) and issubclass(base_class, DiffusionPipeline)):
             raise ValueError(f"{location} names the pipeline class {index.get('_class_name')!r}, which diffusers does not have.")
-        pipe = super(CTRLPipeline, ctrl_pipeline_class(base_class)).from_pretrained(location, **kwargs)
-        if adapter is not None:
-            pipe.load_ctrl_adapter(adapter, **hub)
+        with explained(f"The pipeline {str(location)!r} could not be loaded"):
+            pipe = super(CTRLPipeline, ctrl_pipeline_class(base_class)).from_pretrained(location, **kwargs)
+        if own is not None:
+            pipe.load_ctrl_adapter(own)
+        elif adapter is not None:
+            pipe.load_ctrl_adapter(adapter, subfolder=subfolder, **{key: hub[key] for key in hub if key != "revision"})
         return pipe
 
     @classmethod
@@ -189,19 +199,21 @@ class CTRLPipeline(DiffusionPipeline):
         """
         return save_adapter(folder, self._collect(adapter_name))
 
-    def push_ctrl_adapter_to_hub(
-        self, repo_id: str, *, adapter_name: str | None = None, token: str | None = None, private: bool | None = None
-    ) -> str:
-        """Uploads the adapter folder to the Hub, creating the repository if need be; returns the commit's URL."""
+    def push_ctrl_adapter_to_hub(self, repo_id: str, *, adapter_name: str | None = None, **kwargs: Any) -> str:
+        """Uploads the adapter to the Hub as one commit, creating the repository if need be; returns the commit's URL.
+
+        Args:
+            adapter_name: which one, where there are several.
+            kwargs: `base`, `base_revision`, `token`, `private`, `revision`, `subfolder`, `create_pr`, `commit_message`: see
+                `adapters.push_adapter`.
+
+        Raises:
+            ValueError: if the adapter's base is a folder of this machine, or the upload fails; with what to do.
+        """
         import tempfile
 
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as temporary:
-            folder = self.save_ctrl_adapter(Path(temporary) / "adapter", adapter_name)
-            api.create_repo(repo_id, exist_ok=True, private=private)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="CTRL adapter"))
+            return push_adapter(self.save_ctrl_adapter(Path(temporary) / "adapter", adapter_name), repo_id, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Saves the base as an ordinary diffusers folder (plain `DiffusionPipeline` loads it) with the adapter beside it.
@@ -352,30 +364,6 @@ def _subclass(base: type[DiffusionPipeline]) -> type[CTRLPipeline]:
     doc = f"{base.__name__} with a label: see CTRLPipeline."
     namespace = {"__module__": __name__, "__doc__": doc, "_ctrl_base": base, "_ctrl_roles": {}}
     return type("CTRL" + base.__name__, (CTRLPipeline, base), namespace)
-
-
-def _local_folder(name: str | os.PathLike) -> Path | None:
-    from .assets import find
-
-    return Path(name) if Path(name).is_dir() else find(str(name))
-
-
-def _hub_has_adapter(name: str | os.PathLike, hub: dict[str, Any]) -> bool:
-    """Whether the Hub repository is an adapter: asked by its one small file, so that a base's weights are not fetched twice."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    from .adapters import CONFIG_NAME
-
-    try:
-        hf_hub_download(str(name), CONFIG_NAME, **{k: v for k, v in hub.items() if k != "proxies"})
-    except EntryNotFoundError:
-        return False
-    except Exception as error:
-        raise ValueError(
-            f"{str(name)!r} is neither a local folder nor an embedded model, and the Hub did not have it: {type(error).__name__}."
-        ) from error
-    return True
 
 
 def _restore_class_name(folder: Path) -> None:

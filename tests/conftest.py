@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads only
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import sys  # noqa: E402
+from dataclasses import replace  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import diffusers  # noqa: E402
@@ -155,6 +156,15 @@ def make_adapter(base: Path, pipe: diffusers.DiffusionPipeline, options: dict, g
     return collect_adapter(config, pipe.unet, policy.label_encoder, classifier)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--fuzz-seed", default="0", help="seed of the spoilt files in test_fuzz.py")
+
+
+@pytest.fixture(scope="session")
+def fuzz_seed(request) -> str:
+    return request.config.getoption("--fuzz-seed")
+
+
 @pytest.fixture(scope="session")
 def sd_folder(tmp_path_factory) -> Path:
     return write_sd(tmp_path_factory.mktemp("models") / "tiny-sd")
@@ -200,3 +210,58 @@ def datasets_cache(tmp_path_factory) -> None:
     datasets.disable_progress_bars()
     yield
     datasets.config.HF_DATASETS_CACHE = before
+
+
+# -- a Hub on this machine, and a user of it --
+
+
+@pytest.fixture(scope="session")
+def hub(sd_folder):
+    from hub_client import BASE, OTHER, TOKEN, contents
+    from hub_server import HubServer
+
+    with HubServer({TOKEN: "user", OTHER: "other"}, part_size=4096) as hub:
+        hub.create(BASE, contents(sd_folder))
+        yield hub
+
+
+@pytest.fixture(scope="session")
+def client(hub, tmp_path_factory):
+    from hub_client import SNIPPET, Client
+
+    client = Client(hub.url, tmp_path_factory.mktemp("home"))
+    client.ok(SNIPPET)
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="session")
+def trained(hub, sd_adapter, tmp_path_factory):
+    """The tiny adapter as one would be that was trained on the Hub's base, at a commit."""
+    from hub_client import BASE
+
+    adapter = load_adapter(sd_adapter)
+    base = {**adapter.config.base, "id": BASE, "revision": hub.repos[BASE].refs["main"]}
+    folder = save_adapter(tmp_path_factory.mktemp("trained") / "run", replace(adapter, config=replace(adapter.config, base=base)))
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A card\n")
+    (folder / "samples.png").write_bytes(b"\x89PNG")
+    (folder / "metrics.json").write_text("{}")
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "state.safetensors").write_bytes(b"not for sharing")
+    (folder / "notes.txt").write_text("not for sharing either")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pushed(hub, client, trained):
+    """The adapter's repository, pushed as the trainer does: from its output folder."""
+    from hub_client import ADAPTER, TOKEN
+
+    url = client.ok(
+        "from diffusers_ctrl.adapters import push_adapter; result = push_adapter(folder, repo, token=token)",
+        folder=str(trained),
+        repo=ADAPTER,
+        token=TOKEN,
+    )
+    assert url.startswith(f"{hub.url}/{ADAPTER}/commit/")
+    return ADAPTER

@@ -244,12 +244,12 @@ def test_other_files_in_the_folder_stay(adapter, tmp_path):
 
 
 def test_no_temporary_files_stay(adapter, tmp_path):
-    (tmp_path / "new.tmp").mkdir()  # as an interrupted save leaves it
-    (tmp_path / "new.tmp" / "half.safetensors").write_bytes(b"half")
+    (tmp_path / ".new.saving").mkdir()  # as an interrupted save leaves it
+    (tmp_path / ".new.saving" / "half.safetensors").write_bytes(b"half")
     save_adapter(tmp_path / "deep" / "er" / "new", adapter)
     save_adapter(tmp_path / "new", adapter)
     assert files(tmp_path / "new") == FILES == files(tmp_path / "deep" / "er" / "new")
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not [*tmp_path.rglob("*.tmp"), *tmp_path.rglob("*.saving")]
 
 
 def test_is_adapter(folder, sd_folder):

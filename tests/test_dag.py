@@ -12,6 +12,8 @@ import pytest
 PACKAGE = "diffusers_ctrl"
 ORDER = (
     "assets",  # a leaf: any file may import it
+    "untrusted",
+    "hub",
     "labels",
     "schedulers",
     "transitions",
@@ -34,6 +36,7 @@ ORDER = (
     "objectives",
     "adapters",
     "sampling",
+    "export",
     "pipelines",
     "accuracy",
     "evaluation",

@@ -24,9 +24,11 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from diffusers_ctrl import CTRLTrainer, Policy  # noqa: E402
 from diffusers_ctrl.adapters import (  # noqa: E402
     AdapterConfig,
+    check_shareable,
     collect_adapter,
     denoiser_sha256,
     package_versions,
+    push_adapter,
     save_adapter,
 )
 from diffusers_ctrl.cards import save_card  # noqa: E402
@@ -53,6 +55,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // accelerator.num_processes))
     oracle = attribute_oracle(task)
+    if task.push_to_hub:
+        check_shareable(task.base)  # now, not after hours of training
 
     # 1. the base and its prompts
     pipe = load_base(task).to(accelerator.device)
@@ -167,24 +171,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     print_table(metrics, names)
     print(f"\n{metrics['seconds_total']:.0f} s in all. Written to {output}/: the adapter, metrics.json, samples.png, curves.png.")
     if task.push_to_hub:
-        push(output, task.hub_model_id)
+        print("Pushed:", push_adapter(output, task.hub_model_id))
     prompt = f"{task.prompts[-1]!r}, " if task.prompts[-1] else ""
     print(
         'Next:\n  python -c "from diffusers_ctrl import CTRLPipeline; '
         f"CTRLPipeline.from_pretrained('{output}')({prompt}label={likelihood.space.example()!r}).images[0].save('labelled.png')\""
     )
     return metrics
-
-
-def push(folder: Path, repo_id: str) -> None:
-    """Uploads the adapter, its card and its pictures; not the checkpoints, the logs or the data."""
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    api.create_repo(repo_id, exist_ok=True)
-    allowed = ["ctrl_config.json", "metrics.json", "README.md", "*.png", "*.safetensors", "label_encoder/*", "classifier/*"]
-    ignored = ["checkpoints/*", "grids/*", "dataset/*", "ctrl/*"]
-    print("Pushed:", api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=allowed, ignore_patterns=ignored))
 
 
 if __name__ == "__main__":

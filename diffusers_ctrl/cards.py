@@ -100,10 +100,11 @@ def _continuous_rows(metrics: dict[str, Any], space: LabelSpace) -> str:
     )
 
 
-def card_text(config: AdapterConfig, *, prompts: Sequence[str]) -> str:
-    """The card's Markdown body."""
+def card_text(config: AdapterConfig, *, prompts: Sequence[str], pictures: Sequence[str] = ()) -> str:
+    """The card's Markdown body. pictures: names of files beside it."""
     metrics = config.metrics
     space = LabelSpace.from_dict(config.label_space)
+    shown = "".join(f"![{Path(name).stem}]({name})\n\n" for name in pictures)
     title, label = _escaped(" and ".join(space.attributes)), repr(space.example())
     prompt = f"{prompts[-1]!r}, " if prompts and prompts[-1] else ""
     rows = "\n".join(
@@ -148,9 +149,7 @@ pipe = CTRLPipeline.from_pretrained("path/or/hub-id/of/this/adapter")
 image = pipe({prompt}label={label}).images[0]
 ```
 
-![samples](samples.png)
-
-## Certificate
+{shown}## Certificate
 
 | | tuned | base | exact law |
 | --- | --- | --- | --- |
@@ -171,9 +170,10 @@ The label means what the classifier learned from those images; it is as good, an
 
 
 def save_card(folder: str | os.PathLike, config: AdapterConfig, *, prompts: Sequence[str]) -> Path:
-    """Writes README.md into the adapter folder; returns its path."""
+    """Writes README.md into the adapter folder, with the samples if they are there; returns its path."""
     metrics = config.metrics
     title = " and ".join(LabelSpace.from_dict(config.label_space).attributes)
+    pictures = [name for name in ("samples.png",) if (Path(folder) / name).is_file()]
     results = [
         EvalResult(
             task_type="conditional-generation",
@@ -196,7 +196,7 @@ def save_card(folder: str | os.PathLike, config: AdapterConfig, *, prompts: Sequ
         eval_results=results or None,
         model_name=f"{title} for {config.base['id']}",
     )
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card_text(config, prompts=prompts)}")
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card_text(config, prompts=prompts, pictures=pictures)}")
     path = Path(folder) / "README.md"
     card.save(path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)

@@ -16,7 +16,7 @@ from torch import nn
 
 from .adapters import Adapter, adapter_base, check_base, find_adapter, load_adapter, local_folder
 from .bases import denoiser_of
-from .injection import find_injection_site
+from .injection import find_injection_sites
 from .labels import Label
 
 
@@ -46,10 +46,10 @@ def bake_label(pipe: DiffusionPipeline, adapter: Adapter, label: Label, gamma: f
         raise ValueError(f"This adapter was trained for gamma = {adapter.config.gamma} only, got gamma = {gamma}.")
     labels = adapter.label_encoder.label_space.encode(label)
     shift = adapter.label_encoder(labels, adapter.config.gamma if gamma is None else gamma)[0]
-    path, site = find_injection_site(denoiser, adapter.config.injection_site)
-    last = _last_linear(path, site)
-    if last.out_features != len(shift):
-        raise ValueError(f"The label embedding is {len(shift)} wide, and {path} ends in a layer of {last.out_features}.")
+    path, sites = find_injection_sites(denoiser, adapter.config.injection_site)
+    layers = list({id(layer): layer for layer in (_last_linear(path, site) for site in sites)}.values())
+    if layers[0].out_features != len(shift):
+        raise ValueError(f"The label embedding is {len(shift)} wide, and {path} ends in a layer of {layers[0].out_features}.")
     merged = {}
     for key in (key for key in adapter.lora if key.endswith(".lora_A.weight")):
         layer = key.removesuffix(".lora_A.weight")
@@ -61,8 +61,9 @@ def bake_label(pipe: DiffusionPipeline, adapter: Adapter, label: Label, gamma: f
             raise ValueError(f"The LoRA does not fit {type(denoiser).__name__} at {layer!r}.") from error
     for layer, value in merged.items():
         denoiser.get_submodule(layer).weight.copy_(value)
-    shift = shift.to(last.weight)
-    last.bias = nn.Parameter(shift if last.bias is None else last.bias + shift, requires_grad=False)
+    for last in layers:
+        constant = shift.to(last.weight)
+        last.bias = nn.Parameter(constant if last.bias is None else last.bias + constant, requires_grad=False)
 
 
 def _last_linear(path: str, site: nn.Module) -> nn.Linear:

@@ -7,6 +7,7 @@ hooks and then calls the base's own, unmodified `__call__`. Adapters live on the
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 from dataclasses import replace
@@ -33,8 +34,10 @@ from .adapters import (
 )
 from .bases import denoiser_of
 from .calls import Roles
+from .cards import save_card
 from .classifiers import Classifier
 from .controls import Control, StrengthHook, add_control, control_hook, remove_control
+from .export import bake_label
 from .hub import advice, explained
 from .injection import find_injection_site, site_width
 from .labels import Label, LabelSpace
@@ -200,7 +203,7 @@ class CTRLPipeline(DiffusionPipeline):
         return save_adapter(folder, self._collect(adapter_name))
 
     def push_ctrl_adapter_to_hub(self, repo_id: str, *, adapter_name: str | None = None, **kwargs: Any) -> str:
-        """Uploads the adapter to the Hub as one commit, creating the repository if need be; returns the commit's URL.
+        """Uploads the adapter with its model card to the Hub as one commit, creating the repository if need be; returns the commit's URL.
 
         Args:
             adapter_name: which one, where there are several.
@@ -213,7 +216,33 @@ class CTRLPipeline(DiffusionPipeline):
         import tempfile
 
         with tempfile.TemporaryDirectory() as temporary:
-            return push_adapter(self.save_ctrl_adapter(Path(temporary) / "adapter", adapter_name), repo_id, **kwargs)
+            folder = self.save_ctrl_adapter(Path(temporary) / "adapter", adapter_name)
+            save_card(folder, read_config(folder), prompts=[])
+            return push_adapter(folder, repo_id, **kwargs)
+
+    def export_label(
+        self, label: Label, folder: str | os.PathLike, *, gamma: float | None = None, adapter_name: str | None = None
+    ) -> Path:
+        """Writes an ordinary pipeline folder that draws this one label, for people without this package: see `export.bake_label`, also
+        for what it does under classifier-free guidance.
+
+        Raises:
+            ValueError: for an unknown label, or a time embedding into which no label can be baked; nothing is written then.
+        """
+        adapter = self._collect(adapter_name)
+        loaded = {name: self._collect(name) for name in self._ctrl_controls}
+        name, denoiser = denoiser_of(self)
+        self.unload_ctrl_adapter()
+        try:
+            plain = copy.deepcopy(denoiser)
+        finally:
+            for other, kept in loaded.items():
+                self.load_ctrl_adapter(kept, other)
+        scheduler = labelled_scheduler(self.scheduler, adapter.config.sampler)
+        baked = self._ctrl_base.from_pipe(self, **{name: plain}, scheduler=scheduler, dtype=plain.dtype)
+        bake_label(baked, adapter, label, gamma)
+        baked.save_pretrained(folder)
+        return Path(folder)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Saves the base as an ordinary diffusers folder (plain `DiffusionPipeline` loads it) with the adapter beside it.

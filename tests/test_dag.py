@@ -37,10 +37,10 @@ ORDER = (
     "adapters",
     "sampling",
     "export",
-    "pipelines",
     "accuracy",
     "evaluation",
     "cards",
+    "pipelines",
     "trainer",
     "__init__",  # the package itself: may import all, so nothing in it may import it
 )

@@ -74,3 +74,16 @@ def test_refusals_leave_the_pipeline_as_it_was(sd_folder, adapter, tmp_path):
         assert all(torch.equal(value, before[key]) for key, value in plain.unet.state_dict().items())
     with pytest.raises(ValueError, match="no label adapter"):
         export_label(sd_folder, "bold", tmp_path / "baked")
+
+
+def test_a_pipeline_exports_a_label_of_its_own(labelled, sd_adapter, tmp_path):
+    expected = draw(labelled, label="bold")
+    folder = labelled.export_label("bold", tmp_path / "baked")
+    plain = DiffusionPipeline.from_pretrained(folder)
+    assert type(plain) is StableDiffusionPipeline
+    assert (draw(plain) - expected).abs().max() < 1e-5
+    # the pipeline itself goes on as it was
+    assert list(labelled.ctrl_adapters) == ["default"] and torch.equal(draw(labelled, label="bold"), expected)
+    with pytest.raises(ValueError, match="Unknown label"):
+        labelled.export_label("fat", tmp_path / "none")
+    assert not (tmp_path / "none").exists() and torch.equal(draw(labelled, label="bold"), expected)

@@ -543,6 +543,19 @@ def test_save_and_load_the_whole_pipeline(family, adapter, tmp_path):
     assert load_adapter(tmp_path / "whole").config == adapter.config
 
 
+def test_export_a_label(family, adapter, slant, tmp_path, monkeypatch):
+    """One label baked into an ordinary pipeline: what that hands to its scheduler is what the label gave, to rounding."""
+    pipe = controlled(family.name, adapter, slant)
+    plain = DiffusionPipeline.from_pretrained(pipe.export_label("bold", tmp_path / "baked", adapter_name="stroke"))
+    assert type(plain) is type(family.pipe) and type(plain.scheduler) is type(family.noisy)
+    expected, found, base = (
+        first_output(p, family, monkeypatch, **label)
+        for p, label in ((pipe, {"label": {"stroke": "bold"}}), (plain, {}), (family.pipe, {}))
+    )
+    assert (found - expected).norm() < 1e-5 * expected.norm() and differ(expected, base)
+    assert list(pipe.ctrl_adapters) == ["stroke", "slant"]
+
+
 # -- two adapters --
 
 

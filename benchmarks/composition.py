@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--stroke", required=True, help="adapter of stroke alone, from its half of the digits")
     parser.add_argument("--slant", required=True, help="adapter of slant alone, from the other half")
     parser.add_argument("--per_prompt", type=int, default=30, help="images of each digit, for each label")
-    parser.add_argument("--gamma", type=float, default=None, help="for adapters with a range of gamma")
+    parser.add_argument("--gammas", type=float, nargs="+", default=[1.0, 2.5], help="exponents, within all the adapters' ranges")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     joint = CTRLPipeline.from_pretrained(args.joint)
@@ -131,22 +131,22 @@ def main() -> None:
     added.unload_ctrl_adapter()
     added.load_ctrl_adapter(args.stroke, adapter_name="stroke")
     added.load_ctrl_adapter(args.slant, adapter_name="slant")
+    pipes, count = {"one adapter": joint, "two adapters added": added}, args.per_prompt * len(PROMPTS)
     results: dict[str, Any] = {}
     pictures: dict[str, list[torch.Tensor]] = {}
-    for name, pipe in (("one adapter", joint), ("two adapters added", added)):
-        pipe.set_progress_bar_config(disable=True)
-        rows, started = [], time.time()
-        for label in all_labels():
-            options = {} if args.gamma is None or not label else {"gamma": args.gamma}
-            images, digits = draw(pipe, label, args.per_prompt, args.seed, **options)
-            rows.append({"label": label, **judge(images, digits, label)})
-            if len(label) == 2:
-                pictures.setdefault(name, []).append(images[:: 2 * args.per_prompt])
-        count = args.per_prompt * len(PROMPTS)
-        results[name] = {"summary": summary(rows, count), "rows": rows, "seconds": time.time() - started}
-        for given, found in results[name]["summary"].items():
-            print(f"{name:20} {given:14}" + "  ".join(f"{key} {value:.3f}" for key, value in found.items()), flush=True)
-    record = {"images_per_label": args.per_prompt * len(PROMPTS), "gamma": args.gamma, "seed": args.seed, **results, **provenance()}
+    for gamma in args.gammas:
+        for name, pipe in pipes.items():
+            pipe.set_progress_bar_config(disable=True)
+            rows, started, title = [], time.time(), f"{name}, gamma {gamma:g}"
+            for label in all_labels():
+                images, digits = draw(pipe, label, args.per_prompt, args.seed, **({"gamma": gamma} if label else {}))
+                rows.append({"label": label, **judge(images, digits, label)})
+                if len(label) == 2 and gamma == args.gammas[-1]:
+                    pictures.setdefault(title, []).append(images[:: 2 * args.per_prompt])
+            results[title] = {"summary": summary(rows, count), "rows": rows, "seconds": time.time() - started}
+            for given, found in results[title]["summary"].items():
+                print(f"{title:30} {given:14}" + "  ".join(f"{key} {value:.3f}" for key, value in found.items()), flush=True)
+    record = {"images_per_label": count, "gammas": args.gammas, "seed": args.seed, **results, **provenance()}
     write_json(RESULTS / "composition.json", record)
     plot_grid(pictures, RESULTS / "composition.png")
     plot_accuracy(results, RESULTS / "composition-accuracy.png")

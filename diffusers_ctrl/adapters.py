@@ -317,9 +317,10 @@ def _read_model(folder: Path, name: str, cls: type) -> Any:
     state = read_tensors(member(folder, f"{name}/{WEIGHTS_NAME}"))
     path = member(folder, f"{name}/config.json")
     config = {key: value for key, value in read_json(path).items() if not key.startswith("_")}
-    for key, value in config.items():  # members and widths decide how long building takes
-        count = len(value) if isinstance(value, (list, str)) else value if key == "members" and type(value) is int else 0
-        if count > len(state) and key in inspect.signature(cls.__init__).parameters:  # another is refused by name below
+    for key in ("members", "widths", "temperatures"):  # which decide how long building takes, and have a tensor or more each
+        value = config.get(key)
+        count = len(value) if isinstance(value, (list, str)) else value if type(value) is int else 0
+        if count > len(state):
             raise ValueError(f"{path} has {key} {shorten(value)}, more than its weights' file has tensors.")
     try:
         with torch.device("meta"):

@@ -27,11 +27,13 @@ import matplotlib.pyplot as plt  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "training"), str(ROOT / "benchmarks")]
 from diffusers_ctrl import CTRLPipeline  # noqa: E402
-from digits_data import ATTRIBUTES, PROMPTS, digit_oracle, slant_oracle, stroke_oracle  # noqa: E402
+from digits_data import ATTRIBUTES as ALL_ATTRIBUTES  # noqa: E402
+from digits_data import PROMPTS, digit_oracle, slant_oracle, stroke_oracle  # noqa: E402
 from records import RESULTS, provenance, save_figure, write_json  # noqa: E402
 
 
 Label = dict[str, str]
+ATTRIBUTES = {name: ALL_ATTRIBUTES[name] for name in ("stroke", "slant")}
 
 
 def all_labels() -> list[Label]:
@@ -85,7 +87,7 @@ def summary(rows: list[dict[str, Any]], count: int) -> dict[str, dict[str, float
 
 def plot_grid(pictures: dict[str, list[torch.Tensor]], path: Path) -> None:
     """For each method a 3x3 grid: stroke by row, slant by column; in each cell one sample of five digits, the same noise throughout."""
-    figure, axes = plt.subplots(1, len(pictures), figsize=(7.2 * len(pictures), 4.2), squeeze=False)
+    figure, axes = plt.subplots(1, len(pictures), figsize=(7.2 * len(pictures), 2.1), squeeze=False)
     for axis, (name, cells) in zip(axes[0], pictures.items(), strict=True):
         rows = [
             torch.cat([torch.cat([*cell, torch.ones(3, 32, 8)], dim=2) for cell in cells[3 * i : 3 * i + 3]], dim=2)

@@ -103,9 +103,10 @@ def plot_asked_and_found(asked: torch.Tensor, found: torch.Tensor, name: str, un
     axis.fill_between(values, quantiles[:, 1], quantiles[:, 3], color="#9ecae1", label="central half")
     axis.plot(values, quantiles[:, 2], "o-", color="#08519c", label="median")
     axis.plot(values, values, color="black", ls="--", lw=1, label="asked = measured")
-    suffix = f" ({unit})" if unit else ""
-    axis.set_xlabel(f"{name} asked for{suffix}")
-    axis.set_ylabel(f"{name} measured{suffix}")
+    axis.set_xlabel(f"{name} asked for")
+    axis.set_ylabel(f"{name} measured")
+    if unit:
+        axis.set_title(f"in {unit}", fontsize=8)
     axis.legend(fontsize=8)
     _save(figure, path)
 

@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "training")]
 from diffusers_ctrl import Classifier, LabelSpace  # noqa: E402
 from diffusers_ctrl.adapters import resolve_folder  # noqa: E402
-from diffusers_ctrl.bases import round_trip  # noqa: E402
 from diffusers_ctrl.calibration import expected_calibration_error  # noqa: E402
 from diffusers_ctrl.classifiers import fit_classifier  # noqa: E402
+from diffusers_ctrl.decoding import round_trip  # noqa: E402
 from digits_data import PROMPTS, drawn_digits, label_attribute, oracle  # noqa: E402
 from records import RESULTS, provenance, write_json  # noqa: E402
 

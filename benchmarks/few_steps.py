@@ -23,9 +23,10 @@ from evaluate import adapter_environment  # noqa: E402
 
 from diffusers_ctrl.adapters import load_adapter, resolve_folder  # noqa: E402
 from diffusers_ctrl.evaluation import draw_samples, evaluate  # noqa: E402
+from diffusers_ctrl.labels import label_grid  # noqa: E402
 from diffusers_ctrl.rollouts import Sampler  # noqa: E402
 from records import RESULTS, provenance, write_json  # noqa: E402
-from train_ctrl import import_function, parse_arguments, prompt_judge  # noqa: E402
+from task import attribute_oracle, parse_arguments, prompt_judge  # noqa: E402
 
 
 NAMES = (
@@ -58,8 +59,8 @@ def main() -> None:
     task, _ = parse_arguments([])
     adapter = load_adapter(resolve_folder(args.adapter))
     policy, environment = adapter_environment(adapter, task)
-    names = [next(iter(value.values())) for value in adapter.label_encoder.label_space.values()]
-    judges = {"oracle": import_function(task.oracle), "prompt_oracle": prompt_judge(task.prompt_oracle, task.prompts)}
+    names = label_grid(adapter.label_encoder.label_space).names
+    judges = {"oracle": attribute_oracle(task), "prompt_oracle": prompt_judge(task.prompt_oracle, task.prompts)}
     results = {
         "adapter": args.adapter,
         "trained_steps": adapter.config.sampler["num_inference_steps"],

@@ -203,7 +203,8 @@ def load_lora_state_dict(denoiser: nn.Module, state: dict[str, torch.Tensor], ad
         down, up, weight = state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"], getattr(modules[name], "weight", None)
         if weight is None or down.shape[1:2] != weight.shape[1:2] or up.shape[:2] != (weight.shape[0], len(down)):
             raise ValueError(
-                f"The LoRA does not fit {type(denoiser).__name__}: {name} has weights {list(down.shape)} and {list(up.shape)}."
+                f"The LoRA does not fit {type(denoiser).__name__}: {name}, a {type(modules[name]).__name__}, has weights "
+                f"{list(down.shape)} and {list(up.shape)}."
             )
     if not ranks or len(state) != 2 * len(ranks):
         raise ValueError("The LoRA's keys are not pairs of NAME.lora_A.weight and NAME.lora_B.weight.")

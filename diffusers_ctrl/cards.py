@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .adapters import AdapterConfig
-from .evaluation import by_gamma
+from .evaluation import by_gamma, lower_bounds
 from .hub import is_repo_id
 from .labels import Categorical, Continuous, LabelSpace
 
@@ -123,7 +123,10 @@ def card_text(config: AdapterConfig, *, prompts: Sequence[str], pictures: Sequen
     )
     at_gamma = "".join(
         f"\n| {gamma:g} | "
-        + " | ".join(_number(row, name) for name in ("accuracy", "exact_accuracy", "kl", "gap", "gap_from_base"))
+        + " | ".join(
+            ("≥ " if name in lower_bounds(row) else "") + _number(row, name)
+            for name in ("accuracy", "exact_accuracy", "kl", "gap", "gap_from_base")
+        )
         + " |"
         for gamma, row in by_gamma(metrics).items()
     )

@@ -23,7 +23,7 @@ from diffusers_ctrl import CTRLPipeline, Policy  # noqa: E402
 from diffusers_ctrl.adapters import Adapter, load_adapter, package_versions, resolve_folder, save_config  # noqa: E402
 from diffusers_ctrl.cards import save_card  # noqa: E402
 from diffusers_ctrl.decoding import decoder  # noqa: E402
-from diffusers_ctrl.evaluation import draw_samples, evaluate, evaluate_gammas, gamma_grid  # noqa: E402
+from diffusers_ctrl.evaluation import draw_samples, evaluate, evaluate_gammas, gamma_grid, judge  # noqa: E402
 from diffusers_ctrl.injection import load_lora_state_dict  # noqa: E402
 from diffusers_ctrl.labels import LabelGrid, label_grid  # noqa: E402
 from diffusers_ctrl.recording import record_conditions  # noqa: E402
@@ -118,7 +118,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         per_label = max(1, task.base_samples // len(names))
         generator = torch.Generator().manual_seed(config.seed + 1_000_003)
         base = draw_samples(policy, environment, per_label, generator, tuned=False, description="base samples")
-        metrics = kept | evaluate(tuned, base, environment, names, **judges)
+        tuned, base = (judge(samples, environment, **judges) for samples in (tuned, base))
+        metrics = kept | evaluate(tuned, base, environment, names)
         if adapter.config.gamma_range is not None:
             generator = torch.Generator().manual_seed(config.seed + 3_000_003)
             gammas = gamma_grid(tuple(adapter.config.gamma_range))
@@ -134,7 +135,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     write_metrics(output, metrics)
     plot_samples(rows, ["base", *names], output / "samples.png", "each column: the same noise")
     if oracle is not None:
-        plot_agreement(output, space, environment.labels, tuned, oracle)
+        plot_agreement(output, space, environment.labels, tuned)
     if own.update_adapter:
         updated = replace(adapter.config, metrics=metrics)
         save_config(folder, updated)

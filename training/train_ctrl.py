@@ -33,7 +33,7 @@ from diffusers_ctrl.adapters import (  # noqa: E402
 )
 from diffusers_ctrl.cards import save_card  # noqa: E402
 from diffusers_ctrl.decoding import decoder  # noqa: E402
-from diffusers_ctrl.evaluation import base_scores, draw_samples, evaluate, evaluate_gammas, exact_law, gamma_grid  # noqa: E402
+from diffusers_ctrl.evaluation import base_scores, draw_samples, evaluate, evaluate_gammas, exact_law, gamma_grid, judge  # noqa: E402
 from diffusers_ctrl.labels import label_grid  # noqa: E402
 from diffusers_ctrl.recording import record_conditions  # noqa: E402
 from figures import plot_curves, plot_samples, sample_rows  # noqa: E402
@@ -134,7 +134,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             description="evaluation",
         )
         judges = {"oracle": oracle, "prompt_oracle": prompt_judge(task.prompt_oracle, task.prompts)}
-        metrics |= evaluate(tuned, base, environment, names, **judges)
+        tuned, base = (judge(samples, environment, **judges) for samples in (tuned, base))
+        metrics |= evaluate(tuned, base, environment, names)
         if config.gamma_range is not None:
             generator = torch.Generator(accelerator.device).manual_seed(config.seed + 3_000_003)
             metrics |= evaluate_gammas(policy, environment, base, gammas, task.eval_samples, generator, names, **judges)
@@ -166,7 +167,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     plot_samples(sample_rows(policy, environment), ["base", *names], output / "samples.png", "each column: the same noise")
     plot_curves(history, trainer.log_partition, output / "curves.png")
     if oracle is not None:
-        plot_agreement(output, likelihood.space, environment.labels, tuned, oracle)
+        plot_agreement(output, likelihood.space, environment.labels, tuned)
     save_card(output, adapter_config, prompts=task.prompts)
     print_table(metrics, names)
     print(f"\n{metrics['seconds_total']:.0f} s in all. Written to {output}/: the adapter, metrics.json, samples.png, curves.png.")

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from baselines import best_of_n, cfg_finetune, classifier_guidance, dps, mpgd, tds, tfg
+from baselines import best_of_n, cfg_finetune, classifier_guidance, dps, mpgd, tfg
 from baselines.base import Labelled, encode, open_base
 from baselines.guided import guided
 from exact_reference import CELLS, distances, make_reference, mmd2
@@ -79,6 +79,9 @@ def test_guidance_raises_the_likelihood(base, adapter, module, options, backward
 
 
 def test_tds_walks_on_the_bases_timesteps(base, adapter):
+    pytest.importorskip("azula")
+    from baselines import tds
+
     schedule = tds.GridSchedule(base)
     times = torch.linspace(1, 0, STEPS + 1)
     assert [schedule.index(t) for t in times] == list(range(STEPS + 1))

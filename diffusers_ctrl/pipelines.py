@@ -27,7 +27,6 @@ from .adapters import (
     find_adapter,
     load_adapter,
     local_folder,
-    push_adapter,
     read_config,
     resolve_folder,
     save_adapter,
@@ -53,6 +52,7 @@ from .sampling import (
     transition_options,
     union_space,
 )
+from .sharing import push_adapter
 
 
 HUB_KWARGS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only")
@@ -208,7 +208,7 @@ class CTRLPipeline(DiffusionPipeline):
         Args:
             adapter_name: which one, where there are several.
             kwargs: `base`, `base_revision`, `token`, `private`, `revision`, `subfolder`, `create_pr`, `commit_message`: see
-                `adapters.push_adapter`.
+                `sharing.push_adapter`.
 
         Raises:
             ValueError: if the adapter's base is a folder of this machine, or the upload fails; with what to do.
@@ -217,7 +217,7 @@ class CTRLPipeline(DiffusionPipeline):
 
         with tempfile.TemporaryDirectory() as temporary:
             folder = self.save_ctrl_adapter(Path(temporary) / "adapter", adapter_name)
-            save_card(folder, read_config(folder), prompts=[])
+            save_card(folder, read_config(folder))
             return push_adapter(folder, repo_id, **kwargs)
 
     def export_label(

@@ -40,6 +40,7 @@ ORDER = (
     "accuracy",
     "evaluation",
     "cards",
+    "sharing",
     "pipelines",
     "trainer",
     "__init__",  # the package itself: may import all, so nothing in it may import it

@@ -19,7 +19,7 @@ from hub_client import BASE, TOKEN, Raised
 from diffusers_ctrl.adapters import ADAPTER_FILES, load_adapter, save_adapter
 
 
-PUSH = "from diffusers_ctrl.adapters import push_adapter; result = push_adapter(folder, repo, token=token)"
+PUSH = "from diffusers_ctrl.sharing import push_adapter; result = push_adapter(folder, repo, token=token)"
 LOAD = "result = draw(CTRLPipeline.from_pretrained(repo, cache_dir=cache, **more))"
 ALWAYS = 1000
 

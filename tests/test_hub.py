@@ -161,7 +161,7 @@ def test_the_base_comes_at_the_revision_that_the_adapter_names(hub, client, push
 def test_revision_subfolder_and_cache_dir(hub, client, pushed, expected, trained, tmp_path):
     weaker = load_adapter(trained)
     save_adapter(tmp_path / "weak", replace(weaker, lora={key: value * 0 for key, value in weaker.lora.items()}))
-    push = "from diffusers_ctrl.adapters import push_adapter; result = push_adapter(folder, repo, token=token, **more)"
+    push = "from diffusers_ctrl.sharing import push_adapter; result = push_adapter(folder, repo, token=token, **more)"
     for more in ({"revision": "weak"}, {"subfolder": "sets/weak"}):
         client.ok(push, folder=str(tmp_path / "weak"), repo=pushed, token=TOKEN, more=more)
     load = "result = draw(CTRLPipeline.from_pretrained(repo, cache_dir=cache, **more))"
@@ -231,7 +231,7 @@ def test_push_from_the_pipeline(hub, client, pushed, expected):
 
 def test_a_second_push_takes_away_what_the_first_one_had(hub, client, trained, tmp_path):
     adapter = load_adapter(trained)
-    push = "from diffusers_ctrl.adapters import push_adapter; result = push_adapter(folder, 'user/twice', token=token)"
+    push = "from diffusers_ctrl.sharing import push_adapter; result = push_adapter(folder, 'user/twice', token=token)"
     client.ok(push, folder=str(save_adapter(tmp_path / "with", adapter)), token=TOKEN)
     hub.write("user/twice", {"my-notes.md": b"mine"})
     client.ok(push, folder=str(save_adapter(tmp_path / "without", replace(adapter, classifier=None))), token=TOKEN)
@@ -248,7 +248,7 @@ def test_a_whole_pipeline_with_its_adapter_in_one_repository(hub, client, pushed
 
 
 def test_private_repositories(hub, client, pushed, trained, expected):
-    push = "from diffusers_ctrl.adapters import push_adapter; result = push_adapter(folder, repo, token=token, private=private)"
+    push = "from diffusers_ctrl.sharing import push_adapter; result = push_adapter(folder, repo, token=token, private=private)"
     client.ok(push, folder=str(trained), repo="user/secret", token=TOKEN, private=True)
     assert hub.repos["user/secret"].private and not hub.repos[pushed].private
     load = "result = draw(CTRLPipeline.from_pretrained('user/secret', token=token))"
@@ -279,7 +279,7 @@ def test_private_repositories(hub, client, pushed, trained, expected):
     ],
 )
 def test_pushes_that_are_refused(hub, client, trained, repo, token, message):
-    push = "from diffusers_ctrl.adapters import push_adapter; result = push_adapter(folder, repo, token=token)"
+    push = "from diffusers_ctrl.sharing import push_adapter; result = push_adapter(folder, repo, token=token)"
     raised = client(push, folder=str(trained), repo=repo, token=token)
     assert isinstance(raised, Raised) and "ValueError" in raised.kinds and message in raised.message
     assert repo not in hub.repos and (token is None or token not in raised.text)
@@ -296,7 +296,7 @@ def test_nothing_is_sent_of_a_broken_adapter(hub, client, trained, tmp_path):
 
 
 def test_a_base_that_nobody_else_has(hub, client, sd_adapter, expected, tmp_path):
-    push = "from diffusers_ctrl.adapters import push_adapter; result = push_adapter(folder, repo, token=token, **more)"
+    push = "from diffusers_ctrl.sharing import push_adapter; result = push_adapter(folder, repo, token=token, **more)"
     raised = client(push, folder=str(sd_adapter), repo="user/local-base", token=TOKEN, more={})
     assert "ValueError" in raised.kinds and "base=" in raised.message and "user/local-base" not in hub.repos
     at = next(sha for sha, commit in hub.repos[BASE].commits.items() if "model_index.json" in commit.files)
@@ -359,7 +359,7 @@ def test_tokens_appear_nowhere(hub, client, trained, pushed, tmp_path):
 import logging, huggingface_hub, diffusers
 huggingface_hub.logging.set_verbosity_debug(); diffusers.utils.logging.set_verbosity_debug(); logging.getLogger("httpx").setLevel(10)
 handler = logging.StreamHandler(); logging.getLogger().addHandler(handler); logging.getLogger().setLevel(10)
-from diffusers_ctrl.adapters import push_adapter
+from diffusers_ctrl.sharing import push_adapter
 try:
     push_adapter(src, "user/quiet", token=token, private=True)
     pipe = CTRLPipeline.from_pretrained("user/quiet", token=token, cache_dir=folder + "-cache")

@@ -138,7 +138,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if own.update_adapter:
         updated = replace(adapter.config, metrics=metrics)
         save_config(folder, updated)
-        save_card(folder, updated, prompts=task.prompts)
+        save_card(folder, updated)
     print_table(metrics, names)
     return metrics
 

@@ -24,11 +24,9 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from diffusers_ctrl import CTRLTrainer, Policy  # noqa: E402
 from diffusers_ctrl.adapters import (  # noqa: E402
     AdapterConfig,
-    check_shareable,
     collect_adapter,
     denoiser_sha256,
     package_versions,
-    push_adapter,
     save_adapter,
 )
 from diffusers_ctrl.cards import save_card  # noqa: E402
@@ -36,8 +34,10 @@ from diffusers_ctrl.decoding import decoder  # noqa: E402
 from diffusers_ctrl.evaluation import base_scores, draw_samples, evaluate, evaluate_gammas, exact_law, gamma_grid  # noqa: E402
 from diffusers_ctrl.labels import label_grid  # noqa: E402
 from diffusers_ctrl.recording import record_conditions  # noqa: E402
+from diffusers_ctrl.sharing import check_shareable, push_adapter  # noqa: E402
 from figures import plot_curves, plot_samples, sample_rows  # noqa: E402
 from likelihood import make_likelihood  # noqa: E402
+from provenance import training_record  # noqa: E402
 from report import plot_agreement, print_table, write_metrics  # noqa: E402
 from task import attribute_oracle, load_base, parse_arguments, prompt_judge  # noqa: E402
 
@@ -159,6 +159,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         injection_site=policy.injection_site,
         versions=package_versions(),
         metrics=metrics,
+        training=training_record(task, config, likelihood.data, accelerator),
     )
     save_adapter(output, collect_adapter(adapter_config, denoiser, policy.label_encoder, likelihood.classifier))
     write_metrics(output, metrics)
@@ -167,7 +168,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     plot_curves(history, trainer.log_partition, output / "curves.png")
     if oracle is not None:
         plot_agreement(output, likelihood.space, environment.labels, tuned, oracle)
-    save_card(output, adapter_config, prompts=task.prompts)
+    save_card(output, adapter_config)
     print_table(metrics, names)
     print(f"\n{metrics['seconds_total']:.0f} s in all. Written to {output}/: the adapter, metrics.json, samples.png, curves.png.")
     if task.push_to_hub:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -13,10 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hub_client import ADAPTER, BASE, OTHER, SNIPPET, TOKEN, Raised, contents, environment
 
 from diffusers_ctrl import CTRLPipeline
-from diffusers_ctrl.adapters import ADAPTER_FILES, load_adapter, push_adapter, save_adapter
+from diffusers_ctrl.adapters import ADAPTER_FILES, load_adapter, save_adapter
+from diffusers_ctrl.cards import save_card
+from diffusers_ctrl.sharing import push_adapter
 
 
 def draw(pipe, label="bold"):
@@ -303,6 +308,39 @@ def test_a_base_that_nobody_else_has(hub, client, sd_adapter, expected, tmp_path
     client.ok(push, folder=str(sd_adapter), repo="user/local-base", token=TOKEN, more={"base": BASE, "base_revision": at})
     assert client.ok("result = draw(CTRLPipeline.from_pretrained('user/local-base'))") == expected
     assert str(tmp_path.parent) not in hub.files("user/local-base")["ctrl_config.json"].decode()
+
+
+PUSHES = {
+    "a folder with its card": "from diffusers_ctrl.sharing import push_adapter; result = push_adapter(folder, repo, **more)",
+    "a pipeline": "result = CTRLPipeline.from_pretrained(folder).push_ctrl_adapter_to_hub(repo, **more)",
+}
+
+
+@pytest.mark.parametrize("how", PUSHES)
+def test_what_is_pushed_names_the_hubs_base_only(hub, client, sd_adapter, sd_folder, expected, tmp_path, how):
+    """Trained on a folder of this machine: card, config and metadata then name the Hub's copy of it, and the snippet runs."""
+    repo, folder = f"user/named-{len(how)}", tmp_path / "run"
+    shutil.copytree(sd_adapter, folder)
+    save_card(folder, load_adapter(folder).config)
+    before = contents(folder)
+    assert str(sd_folder).encode() in before["README.md"]
+    at = next(sha for sha, commit in hub.repos[BASE].commits.items() if "model_index.json" in commit.files)
+    more = {"base": BASE, "base_revision": at, "token": TOKEN}
+    client.ok(PUSHES[how], folder=str(folder), repo=repo, more=more)
+    assert contents(folder) == before  # the folder keeps its own
+    files = hub.files(repo)
+    for local in (str(sd_folder), str(tmp_path), str(Path.home())):
+        assert not [name for name, data in files.items() if local.encode() in data], local
+    card = files["README.md"].decode()
+    data = yaml.safe_load(card.split("---\n")[1])
+    assert (data["base_model"], data["base_model_relation"]) == (BASE, "adapter") and BASE in data["model-index"][0]["name"]
+    snippet = re.search(r"```python\n(.*?)```", card, re.S).group(1)
+    assert f'from_pretrained("{repo}")' in snippet and f'"{BASE}"' in snippet
+    assert f'base: "{BASE}"\nbase_revision: "{at}"\n' in card
+    assert client.ok(snippet + "\nresult = list(image.size)") == [16, 16]
+    assert client.ok("result = draw(CTRLPipeline.from_pretrained(repo))", repo=repo) == expected
+    revision_alone = client(PUSHES[how], folder=str(folder), repo=repo, more={"base_revision": at, "token": TOKEN})
+    assert "ValueError" in revision_alone.kinds and "base_revision" in revision_alone.message
 
 
 # -- trust --

@@ -16,6 +16,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .adapters import AdapterConfig
+from .baked import by_label_scale
 from .evaluation import by_gamma
 from .hub import is_repo_id
 from .labels import Categorical, Continuous, LabelSpace
@@ -139,15 +140,20 @@ def _baked_lines(config: AdapterConfig) -> str:
     )
     if scale <= 1:
         return head + "\nElse they are this adapter to rounding, since it was trained without classifier-free guidance."
-    found = (
-        f" Here, over {_number(metrics, 'baked_samples', 0)} samples, the latents (or images) differ by {_number(metrics, 'baked_rms')} (root\n"
-        f"mean square) where the label moves them by {_number(metrics, 'baked_label_rms')}."
-        if is_number(metrics.get("baked_rms"))
-        else " It was not measured for this adapter."
+    rows = by_label_scale(metrics)
+    head += (
+        f"\nIt was trained at guidance scale {scale:g}. A plain pipeline shows the label to both halves of the guidance, this adapter to one only, so a\n"
+        "baked label is another model under guidance. `label_scale=` multiplies the label to make up for some of it"
+    )
+    if not rows:
+        return f"{head}; by how much was not measured for this adapter."
+    table = "".join(
+        f"\n| baked, label_scale {factor:g} | {_number(row, 'rms')} | {_number(row, 'log_likelihood')} |" for factor, row in rows.items()
     )
     return (
-        f"{head}\nIt was trained at guidance scale {scale:g}, where both halves of the guidance then see the label, which this adapter gives to one only: a\n"
-        f"baked label is another model.{found}"
+        f"{head}. On the same noise, {_number(metrics, 'baked_samples', 0)} samples each:\n\n"
+        "| | root mean square from the labelled images | log p̂(y given x), nats |\n| --- | --- | --- |"
+        f"\n| labelled | 0 | {_number(metrics, 'baked_label_log_likelihood')} |{table}\n| base | {_number(metrics, 'baked_label_rms')} | – |"
     )
 
 

@@ -93,7 +93,12 @@ def bake_label(
 
 @torch.no_grad()
 def label_lora(
-    pipe: DiffusionPipeline, adapter: Adapter, label: Label, gamma: float | None = None, label_scale: float = 1.0
+    pipe: DiffusionPipeline,
+    adapter: Adapter,
+    label: Label,
+    gamma: float | None = None,
+    label_scale: float = 1.0,
+    call: dict[str, Any] | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """The adapter's LoRA with one label in it, as LoRA too, for a plain pipeline of the adapter's base; the pipeline stays as it is.
 
@@ -102,6 +107,7 @@ def label_lora(
 
     Args:
         label, gamma, label_scale: as for `bake_label`.
+        call: more of the pipeline's arguments, where its timesteps depend on them: {"height": 768, "width": 768} for Flux and SD3.
 
     Returns:
         the LoRA, keys `LAYER.lora_A.weight` (r, n) and `LAYER.lora_B.weight` (m, r) of scale 1; and how far the label's factor is from 1 at
@@ -117,7 +123,7 @@ def label_lora(
             "export_label, which folds it into their biases."
         )
     ((name, layer),) = layers.items()
-    own, other = _time_features(pipe, adapter, layer)
+    own, other = _time_features(pipe, adapter, layer, call)
     row, errors = _unit_row(own, other)
     if errors["own_timesteps"] > 1e-3:
         raise ValueError(
@@ -138,10 +144,12 @@ class _FoundError(Exception):
     """Ends a call of the denoiser from inside, when the time embedding's last layer got its input."""
 
 
-def _time_features(pipe: DiffusionPipeline, adapter: Adapter, layer: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
+def _time_features(
+    pipe: DiffusionPipeline, adapter: Adapter, layer: nn.Linear, call: dict[str, Any] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The layer's inputs (K, H) at the adapter's own timesteps, and (N, H) at others, as the pipeline itself calls its denoiser."""
     settings, denoiser, before = adapter.config.sampler, denoiser_of(pipe)[1], pipe.scheduler
-    arguments = call_arguments(pipe, ["0"], settings["num_inference_steps"])
+    arguments = call_arguments(pipe, ["0"], settings["num_inference_steps"], extra=call)
     pipe.scheduler = labelled_scheduler(before, settings)
     try:
         real = replay(pipe, arguments, max_steps=1)
@@ -154,7 +162,7 @@ def _time_features(pipe: DiffusionPipeline, adapter: Adapter, layer: nn.Linear) 
         return torch.as_tensor(call.args[position] if len(call.args) > position else call.kwargs["timestep"])
 
     def features(times: Sequence[torch.Tensor]) -> torch.Tensor:
-        call, rows = steps[0].calls[0], []
+        first, rows = steps[0].calls[0], []
 
         def keep(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             rows.append(args[0][0].double().cpu())
@@ -163,7 +171,7 @@ def _time_features(pipe: DiffusionPipeline, adapter: Adapter, layer: nn.Linear) 
         handle = layer.register_forward_pre_hook(keep)
         try:
             for time in times:
-                args, kwargs = list(call.args), dict(call.kwargs)
+                args, kwargs = list(first.args), dict(first.kwargs)
                 if len(args) > position:
                     args[position] = time
                 else:
@@ -265,6 +273,7 @@ def export_lora(
     gamma: float | None = None,
     label_scale: float = 1.0,
     naming: str | None = None,
+    call: dict[str, Any] | None = None,
     subfolder: str | None = None,
     **kwargs: Any,
 ) -> Path:
@@ -274,7 +283,7 @@ def export_lora(
 
     Args:
         adapter, kwargs: as for `export_label`.
-        naming: see `write_lora`.
+        naming: see `write_lora`. call: see `label_lora`.
 
     Raises:
         ValueError: as `label_lora` and `write_lora`, or if the adapter or its base cannot be read.
@@ -283,7 +292,7 @@ def export_lora(
         read = _read(adapter, subfolder, kwargs)
         return write_lora(file, read.lora, read.config.denoiser, naming)
     pipe, read = _plain_base(adapter, subfolder, kwargs)
-    lora, errors = label_lora(pipe, read, label, gamma, label_scale)
+    lora, errors = label_lora(pipe, read, label, gamma, label_scale, call)
     return write_lora(file, lora, read.config.denoiser, naming, label=label, label_scale=label_scale, **errors)
 
 

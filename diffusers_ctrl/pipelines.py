@@ -255,13 +255,14 @@ class CTRLPipeline(DiffusionPipeline):
         gamma: float | None = None,
         label_scale: float = 1.0,
         naming: str | None = None,
+        call: dict[str, Any] | None = None,
         adapter_name: str | None = None,
     ) -> Path:
         """Writes an ordinary LoRA file, for diffusers without this package and for other user interfaces: with one label in it, see
         `export.label_lora`; without a label the adapter's LoRA alone, which then draws no label in particular.
 
         Args:
-            naming: of the keys, "kohya" or "diffusers": see `export.write_lora`.
+            naming: of the keys, "kohya" or "diffusers": see `export.write_lora`. call: see `export.label_lora`.
 
         Raises:
             ValueError: for an unknown label or naming, or a time embedding into which no label can be put; nothing is written then.
@@ -271,7 +272,7 @@ class CTRLPipeline(DiffusionPipeline):
             return write_lora(file, adapter.lora, adapter.config.denoiser, naming)
         with self._without_adapters():
             plain = self._ctrl_base.from_pipe(self, dtype=self.denoiser.dtype)
-            lora, errors = label_lora(plain, adapter, label, gamma, label_scale)
+            lora, errors = label_lora(plain, adapter, label, gamma, label_scale, call)
         return write_lora(file, lora, adapter.config.denoiser, naming, label=label, label_scale=label_scale, **errors)
 
     @contextmanager

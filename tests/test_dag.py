@@ -39,6 +39,7 @@ ORDER = (
     "export",
     "accuracy",
     "evaluation",
+    "baked",
     "cards",
     "sharing",
     "pipelines",

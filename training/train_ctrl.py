@@ -29,6 +29,7 @@ from diffusers_ctrl.adapters import (  # noqa: E402
     package_versions,
     save_adapter,
 )
+from diffusers_ctrl.baked import label_scales, measure_baked  # noqa: E402
 from diffusers_ctrl.cards import save_card  # noqa: E402
 from diffusers_ctrl.decoding import decoder  # noqa: E402
 from diffusers_ctrl.evaluation import base_scores, draw_samples, evaluate, evaluate_gammas, exact_law, gamma_grid  # noqa: E402
@@ -138,6 +139,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         if config.gamma_range is not None:
             generator = torch.Generator(accelerator.device).manual_seed(config.seed + 3_000_003)
             metrics |= evaluate_gammas(policy, environment, base, gammas, task.eval_samples, generator, names, **judges)
+        if config.guidance_scale > 1:
+            scales, few = label_scales(config.guidance_scale), max(1, task.eval_samples // 5)
+            metrics |= measure_baked(policy, environment, few, config.seed + 4_000_003, scales)
     metrics |= {f"classifier_{key}": value for key, value in likelihood.calibration.items()}
     metrics["seconds_evaluate"] = time.time() - train_started - train_seconds
     metrics["seconds_total"] = time.time() - started

@@ -45,7 +45,8 @@ LORA_NAME = "pytorch_lora_weights.safetensors"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 INDEX_NAME = "model_index.json"
 CLASSIFIER_FILES = ("classifier/config.json", f"classifier/{WEIGHTS_NAME}")
-ADAPTER_FILES = (CONFIG_NAME, LORA_NAME, "label_encoder/config.json", f"label_encoder/{WEIGHTS_NAME}", *CLASSIFIER_FILES)
+REQUIRED_FILES = (CONFIG_NAME, LORA_NAME, "label_encoder/config.json", f"label_encoder/{WEIGHTS_NAME}")
+ADAPTER_FILES = (*REQUIRED_FILES, *CLASSIFIER_FILES)
 CARD_FILES = ("README.md", "metrics.json")  # and the pictures beside them
 MAX_STEPS = 10_000
 MAX_NAME = 500  # characters
@@ -142,7 +143,8 @@ def find_adapter(name: str | os.PathLike, *, subfolder: str | None = None, **hub
             "written USER/NAME."
         )
     try:
-        return download(str(name), (*ADAPTER_FILES, INDEX_NAME), marker=CONFIG_NAME, subfolder=subfolder, **hub_kwargs)
+        names = (*ADAPTER_FILES, INDEX_NAME)
+        return download(str(name), names, marker=CONFIG_NAME, required=REQUIRED_FILES, subfolder=subfolder, **hub_kwargs)
     except ValueError as error:
         raise ValueError(f"{str(name)!r} is neither a local folder nor an embedded model, and {error}") from error
 

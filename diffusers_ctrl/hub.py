@@ -39,6 +39,7 @@ from huggingface_hub.utils import validate_repo_id
 
 MAX_DOWNLOAD_BYTES = 16 * 2**30
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 def is_repo_id(name: str) -> bool:
@@ -84,6 +85,9 @@ def advice(error: BaseException) -> str | None:
 
     if any(isinstance(e, OSError) and e.errno in DISK_FULL for e in chain):
         return "the disk is full: free some space (the Hub's cache is in HF_HOME, or cache_dir=) and try again"
+    refused = next((e for e in chain if isinstance(e, OSError) and e.errno in NO_ACCESS and e.filename is not None), None)
+    if refused is not None:
+        return f"{refused.filename} cannot be read or written: check its permissions (the Hub's cache is in HF_HOME, or cache_dir=)"
     if first(HFValidationError):
         return "that is not a Hub id, which is written USER/NAME"
     if first(GatedRepoError):
@@ -99,6 +103,7 @@ def advice(error: BaseException) -> str | None:
             401: "the Hub did not accept the token: log in again (`hf auth login`) or pass another token=",
             403: "the token may not do this: pass one with write access to that namespace",
             404: "the Hub does not have it: check the name and revision=",
+            409: "someone else changed the repository meanwhile: try again",
             412: "someone else changed the repository meanwhile: try again",
             413: "the Hub found it too large",
             429: "the Hub had too many requests from here: wait some minutes and try again",
@@ -143,6 +148,7 @@ def download(
     names: Iterable[str],
     *,
     marker: str,
+    required: Iterable[str] = (),
     subfolder: str | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
@@ -154,6 +160,7 @@ def download(
 
     Args:
         marker: the file that says the repository is one of ours. It is fetched first.
+        required: of `names`, those that such a repository has. Where the Hub fails half-way, a cache that has them will do.
         subfolder: where in the repository to look.
 
     Returns:
@@ -185,7 +192,7 @@ def download(
             try:
                 infos = HfApi(token=token).get_paths_info(repo_id, wanted, revision=root.name)
             except Exception as error:  # the Hub went away: what is in the cache will do, as everywhere
-                if advice(error) is None:
+                if advice(error) is None or not all((root / prefix / name).is_file() for name in required):
                     raise
                 common |= {"local_files_only": True, "force_download": False}
             else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -39,6 +40,7 @@ from huggingface_hub.utils import validate_repo_id
 
 MAX_DOWNLOAD_BYTES = 16 * 2**30
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+XET_FUNCTIONS = ("_upload_xet_files", "xet_get")  # the client's own, in which hf_xet is called
 NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
@@ -111,6 +113,9 @@ def advice(error: BaseException) -> str | None:
         if status in known:
             return known[status]
         return f"the Hub failed (status {status}): try again later" if status >= 500 else f"the Hub refused (status {status})"
+    if any(frame.name in XET_FUNCTIONS for e in chain for frame in traceback.extract_tb(e.__traceback__)):
+        # hf_xet raises ConnectionError, RuntimeError and others; the client does not go on without it
+        return "the Hub's Xet storage failed or could not be reached: try again, or go without it (HF_HUB_DISABLE_XET=1)"
     if any("TransportError" in {kind.__name__ for kind in type(e).__mro__} for e in chain):  # httpx's own, whichever release it is
         return f"the connection to {constants.ENDPOINT} broke or could not be made: check it and try again"
     if any("Consistency check failed" in str(e) for e in chain if isinstance(e, OSError)):

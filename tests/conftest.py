@@ -131,6 +131,11 @@ def make_adapter(base: Path, pipe: diffusers.DiffusionPipeline, options: dict, g
         injection_site=policy.injection_site,
         versions=package_versions(),
         metrics={"gap": 0.25, "gap_se": 0.01},
+        training={
+            "data": [{"attribute": "stroke", "dataset": "none: random weights", "images": 0, "labels": {"thin": 0, "bold": 0}}],
+            "settings": {"prompts": ["one", "seven"], "lora_rank": 2, "merge_lora": False},
+            "compute": {"device": "cpu", "processes": 1},
+        },
     )
     classifier = Classifier(SPACE.to_dict(), image_size=8, widths=(4, 8), temperatures=(1.5,)).eval()
     return collect_adapter(config, pipe.unet, policy.label_encoder, classifier)
@@ -248,7 +253,7 @@ def pushed(hub, client, trained):
     from hub_client import ADAPTER, TOKEN
 
     url = client.ok(
-        "from diffusers_ctrl.adapters import push_adapter; result = push_adapter(folder, repo, token=token)",
+        "from diffusers_ctrl.sharing import push_adapter; result = push_adapter(folder, repo, token=token)",
         folder=str(trained),
         repo=ADAPTER,
         token=TOKEN,

@@ -39,7 +39,9 @@ ORDER = (
     "export",
     "accuracy",
     "evaluation",
+    "baked",
     "cards",
+    "sharing",
     "pipelines",
     "trainer",
     "__init__",  # the package itself: may import all, so nothing in it may import it

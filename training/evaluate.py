@@ -21,6 +21,7 @@ from transformers import HfArgumentParser
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from diffusers_ctrl import CTRLPipeline, Policy  # noqa: E402
 from diffusers_ctrl.adapters import Adapter, load_adapter, package_versions, resolve_folder, save_config  # noqa: E402
+from diffusers_ctrl.baked import label_scales, measure_baked  # noqa: E402
 from diffusers_ctrl.cards import save_card  # noqa: E402
 from diffusers_ctrl.decoding import decoder  # noqa: E402
 from diffusers_ctrl.evaluation import draw_samples, evaluate, evaluate_gammas, gamma_grid, judge  # noqa: E402
@@ -124,6 +125,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             generator = torch.Generator().manual_seed(config.seed + 3_000_003)
             gammas = gamma_grid(tuple(adapter.config.gamma_range))
             metrics |= evaluate_gammas(policy, environment, base, gammas, task.eval_samples, generator, names, **judges)
+        if policy.guidance_scale > 1:
+            scales, few = label_scales(policy.guidance_scale), max(1, task.eval_samples // 5)
+            metrics |= measure_baked(policy, environment, few, config.seed + 4_000_003, scales)
         rows = sample_rows(policy, environment)
     metrics |= {
         "seed": adapter.config.metrics.get("seed", config.seed),
@@ -139,7 +143,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if own.update_adapter:
         updated = replace(adapter.config, metrics=metrics)
         save_config(folder, updated)
-        save_card(folder, updated, prompts=task.prompts)
+        save_card(folder, updated)
     print_table(metrics, names)
     return metrics
 

@@ -21,6 +21,7 @@ from diffusers_ctrl.labels import Attribute
 from diffusers_ctrl.rewards import attribute_rewards, classifier_reward
 from digits_data import label_attribute, parse_part, write_digits_dataset
 from labelled_data import LabelledImages, load_labelled_images
+from provenance import data_record
 from sampled_data import write_sampled_dataset
 from task import AttributeTask, TaskConfig, import_function
 
@@ -29,7 +30,8 @@ from task import AttributeTask, TaskConfig, import_function
 class Likelihood:
     """reward: images, labels (B, A) -> (B,) log p̂(y | x) in nats. classifier: None where a scorer has a part in the reward.
 
-    calibration: of the classifier, flat. seconds: that it took to fit. num_labels: images with a label of some attribute.
+    calibration: of the classifier, flat. seconds: that it took to fit. num_labels: images with a label of some attribute. data: what
+    each attribute was learned from, for the card.
     """
 
     reward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -38,6 +40,7 @@ class Likelihood:
     calibration: dict[str, Any]
     seconds: float
     num_labels: int
+    data: list[dict[str, Any]]
 
 
 def labelled_images(task: TaskConfig, config: CTRLConfig, pipe: DiffusionPipeline) -> tuple[LabelSpace, torch.Tensor, torch.Tensor]:
@@ -142,6 +145,7 @@ def make_likelihood(
     scorers = {attribute.name: import_function(attribute.scorer) for attribute in attributes if attribute.scorer is not None}
     given = {attribute.name: _meaning(attribute) for attribute in attributes if attribute.name in scorers}
     classifier, report, seconds, num_labels = None, {}, 0.0, 0
+    data = {a.name: {"attribute": a.name, "scorer": a.scorer} for a in attributes}
     if len(scorers) < len(attributes):
         learned, images, labels = labelled_images(task, config, pipe)
         num_labels = len(images)
@@ -150,11 +154,14 @@ def make_likelihood(
         )
         classifier.to(device)
         given |= learned.attributes
+        columns = {name: labels[:, column] for column, name in enumerate(learned.attributes)}
+        data |= {a.name: data_record(a, given[a.name], columns[a.name]) for a in attributes if a.name in columns}
     space = LabelSpace({attribute.name: given[attribute.name] for attribute in attributes})
     if not scorers:
-        return Likelihood(classifier_reward(classifier), space, classifier, report, seconds, num_labels)
+        return Likelihood(classifier_reward(classifier), space, classifier, report, seconds, num_labels, list(data.values()))
     own = {name: _alone(classifier, column) for column, name in enumerate(classifier.label_space.attributes)} if classifier else {}
-    return Likelihood(attribute_rewards({**own, **scorers}, space), space, None, report, seconds, num_labels)
+    reward = attribute_rewards({**own, **scorers}, space)
+    return Likelihood(reward, space, None, report, seconds, num_labels, list(data.values()))
 
 
 def _alone(classifier: Classifier, column: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

@@ -24,20 +24,21 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from diffusers_ctrl import CTRLTrainer, Policy  # noqa: E402
 from diffusers_ctrl.adapters import (  # noqa: E402
     AdapterConfig,
-    check_shareable,
     collect_adapter,
     denoiser_sha256,
     package_versions,
-    push_adapter,
     save_adapter,
 )
+from diffusers_ctrl.baked import label_scales, measure_baked  # noqa: E402
 from diffusers_ctrl.cards import save_card  # noqa: E402
 from diffusers_ctrl.decoding import decoder  # noqa: E402
 from diffusers_ctrl.evaluation import base_scores, draw_samples, evaluate, evaluate_gammas, exact_law, gamma_grid, judge  # noqa: E402
 from diffusers_ctrl.labels import label_grid  # noqa: E402
 from diffusers_ctrl.recording import record_conditions  # noqa: E402
+from diffusers_ctrl.sharing import check_shareable, push_adapter  # noqa: E402
 from figures import plot_curves, plot_samples, sample_rows  # noqa: E402
 from likelihood import make_likelihood  # noqa: E402
+from provenance import training_record  # noqa: E402
 from report import plot_agreement, print_table, write_metrics  # noqa: E402
 from task import attribute_oracle, load_base, parse_arguments, prompt_judge  # noqa: E402
 
@@ -139,6 +140,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         if config.gamma_range is not None:
             generator = torch.Generator(accelerator.device).manual_seed(config.seed + 3_000_003)
             metrics |= evaluate_gammas(policy, environment, base, gammas, task.eval_samples, generator, names, **judges)
+        if config.guidance_scale > 1:
+            scales, few = label_scales(config.guidance_scale), max(1, task.eval_samples // 5)
+            metrics |= measure_baked(policy, environment, few, config.seed + 4_000_003, scales)
     metrics |= {f"classifier_{key}": value for key, value in likelihood.calibration.items()}
     metrics["seconds_evaluate"] = time.time() - train_started - train_seconds
     metrics["seconds_total"] = time.time() - started
@@ -160,6 +164,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         injection_site=policy.injection_site,
         versions=package_versions(),
         metrics=metrics,
+        training=training_record(task, config, likelihood.data, accelerator),
     )
     save_adapter(output, collect_adapter(adapter_config, denoiser, policy.label_encoder, likelihood.classifier))
     write_metrics(output, metrics)
@@ -168,7 +173,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     plot_curves(history, trainer.log_partition, output / "curves.png")
     if oracle is not None:
         plot_agreement(output, likelihood.space, environment.labels, tuned)
-    save_card(output, adapter_config, prompts=task.prompts)
+    save_card(output, adapter_config)
     print_table(metrics, names)
     print(f"\n{metrics['seconds_total']:.0f} s in all. Written to {output}/: the adapter, metrics.json, samples.png, curves.png.")
     if task.push_to_hub:

@@ -8,8 +8,11 @@ from pathlib import Path
 import process_worker
 import pytest
 import torch
-from process_worker import training
+from process_worker import OBJECTIVES, make_trainer, sampling, trained, training
 from safetensors.torch import load_file
+
+from diffusers_ctrl import processes
+from diffusers_ctrl.randomness import TrajectoryNoise, batch_seeds
 
 
 WORKER = Path(process_worker.__file__)
@@ -121,8 +124,6 @@ def test_micro_batches_make_no_difference(tmp_path, objective):
 
 
 def test_trajectories_do_not_depend_on_the_size_of_the_batch():
-    from diffusers_ctrl.randomness import TrajectoryNoise, batch_seeds
-
     seeds = batch_seeds(6, 3, 17)
     assert batch_seeds(4, 3, 17) == seeds[:5] and len(set(seeds) | set(batch_seeds(6, 3, 18))) == 14
     whole, part = TrajectoryNoise(seeds[1:]), TrajectoryNoise(seeds[3:5])

@@ -30,7 +30,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "training")]
 from baselines import best_of_n, cfg_finetune, classifier_guidance, ddpo, dps, draft, mpgd, tds, tfg  # noqa: E402
 from baselines.base import Base, Labelled, encode, open_base  # noqa: E402
-from evaluate import adapter_environment  # noqa: E402
 from exact_reference import Reference, distances, make_reference, small  # noqa: E402
 
 from diffusers_ctrl.accuracy import agreement  # noqa: E402
@@ -38,6 +37,7 @@ from diffusers_ctrl.adapters import Adapter, load_adapter, resolve_folder  # noq
 from diffusers_ctrl.labels import label_grid  # noqa: E402
 from diffusers_ctrl.rollouts import rollout  # noqa: E402
 from digits_data import drawn_digits  # noqa: E402
+from evaluate import adapter_environment  # noqa: E402
 from records import RESULTS, provenance, write_json  # noqa: E402
 from task import attribute_oracle as make_oracle  # noqa: E402
 from task import parse_arguments  # noqa: E402

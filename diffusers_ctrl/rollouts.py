@@ -164,12 +164,14 @@ def rollout(
     tuned: bool = True,
     grad_steps: int = 0,
     reference: bool = True,
+    span: range | None = None,
 ) -> Rollout:
     """Samples trajectories from the tuned model (or, with `tuned=False`, from the base).
 
     Args:
         grad_steps: how many of the last steps build a graph; the state entering the first of them is detached.
         reference: whether to call the base on steps without a graph, for their KL and log-ratio. Without it, these steps count 0.
+        span: take these steps only, the first of them from `batch.noise`; all by default.
 
     Returns:
         A `Rollout`; `kl` carries a graph over the last `grad_steps` steps.
@@ -179,7 +181,7 @@ def rollout(
     states, stds = [x], []
     kl = torch.zeros(len(batch), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     log_ratio = torch.zeros(len(batch), dtype=torch.float64, device=x.device)
-    for k in range(steps):
+    for k in range(steps) if span is None else span:
         with_grad = k >= steps - grad_steps
         with torch.set_grad_enabled(with_grad):
             if k not in sampler.noisy_steps or not tuned:

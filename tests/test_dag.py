@@ -26,6 +26,7 @@ ORDER = (
     "recording",
     "policy",
     "rollouts",
+    "paths",
     "calls",
     "controls",
     "particles",

@@ -20,7 +20,6 @@ from .rollouts import Batch, Sampler, rollout
 
 
 KEPT_STATES = 64
-Generators = torch.Generator | list[torch.Generator] | None
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Path:
     """A trajectory of the tuned model, taken without a graph.
 
     spans: the steps in order, in runs of equal length (the last may be shorter). states: x_k at the first step of each run,
-    (B, C, *); random: the generator's state there. sample: x_K, (B, C, *).
+    (B, C, *); random: a copy of the generator as it was there. sample: x_K, (B, C, *).
     """
 
     spans: tuple[range, ...]
@@ -37,7 +36,7 @@ class Path:
     sample: torch.Tensor
 
 
-def walk(policy: Policy, sampler: Sampler, batch: Batch, generator: Generators, kept: int = KEPT_STATES) -> Path:
+def walk(policy: Policy, sampler: Sampler, batch: Batch, generator: torch.Generator | None, kept: int = KEPT_STATES) -> Path:
     """Samples a trajectory as `rollout` does, keeping at most `kept` of its states."""
     steps = len(sampler.timesteps)
     stride = -(-steps // kept)
@@ -47,7 +46,7 @@ def walk(policy: Policy, sampler: Sampler, batch: Batch, generator: Generators, 
         generator = torch.Generator(x.device).manual_seed(int(torch.randint(2**62, ())))
     for span in spans:
         states.append(x)
-        random.append(_random_state(generator) if len(span) > 1 else None)
+        random.append(_copied(generator) if len(span) > 1 else None)
         x = rollout(policy, sampler, replace(batch, noise=x), generator, reference=False, span=span).sample
     return Path(spans, tuple(states), tuple(random), x)
 
@@ -59,22 +58,14 @@ def backwards(policy: Policy, sampler: Sampler, batch: Batch, path: Path) -> Ite
         states = (start,)
         if len(span) > 1:
             again = replace(batch, noise=start)
-            states = rollout(policy, sampler, again, _generator_at(random, start.device), reference=False, span=span[:-1]).states
+            states = rollout(policy, sampler, again, _copied(random), reference=False, span=span[:-1]).states
         for k, x in zip(reversed(span), reversed(states), strict=True):
             yield k, x, following
             following = x
 
 
-def _random_state(generator: Generators) -> Any:
-    return [g.get_state() for g in generator] if isinstance(generator, list) else generator.get_state()
-
-
-def _generator_at(state: Any, device: torch.device) -> Generators:
-    if isinstance(state, list):
-        return [_generator_at(one, device) for one in state]
-    generator = torch.Generator(device)
-    generator.set_state(state)
-    return generator
+def _copied(source: Any) -> Any:
+    return source.clone_state() if isinstance(source, torch.Generator) else source.copy()
 
 
 # -- gradients --

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+from torch.utils.checkpoint import checkpoint
 
 from .conditions import Condition
 from .labels import LabelSpace
@@ -207,6 +208,26 @@ def start_noise(shape: tuple[int, ...], sampler: Sampler, generator: torch.Gener
     return randn_tensor(shape, generator=generator, device=torch.device(device), dtype=dtype) * scale
 
 
+def in_chunks(function: Callable[..., torch.Tensor], size: int | None) -> Callable[..., torch.Tensor]:
+    """The same function of tensors (B, …), called with at most `size` rows at a time; `function` itself for None.
+
+    Where a gradient flows, each chunk is computed again in backward: never more than one chunk's activations are in memory, and the
+    gradient is the same, as long as a row's result does not depend on the others.
+    """
+    if size is None:
+        return function
+
+    def chunked(*tensors: torch.Tensor) -> torch.Tensor:
+        if len(tensors[0]) <= size:
+            return function(*tensors)
+        parts = zip(*(tensor.split(size) for tensor in tensors), strict=True)
+        if torch.is_grad_enabled() and tensors[0].requires_grad:
+            return torch.cat([checkpoint(function, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
+        return torch.cat([function(*part) for part in parts])
+
+    return chunked
+
+
 @dataclass(frozen=True)
 class Environment:
     """What is fixed while a policy trains or is judged: the base law's sampler, and what a finished sample is worth.
@@ -223,6 +244,7 @@ class Environment:
         decode: states (B, C, *) -> images in [0, 1]; identity by default. Differentiable where the reward is.
         prompt_embeds: (P, L, D) or P rows of a `Condition`, the prompts that are drawn, uniformly; None for an unconditional denoiser.
         null_embeds: (1, L, D), for guidance.
+        reward_batch_size: how many states are decoded and scored at a time; None for a whole batch.
     """
 
     sampler: Sampler
@@ -236,6 +258,7 @@ class Environment:
     null_embeds: torch.Tensor | None = None
     spread: torch.Tensor | None = None
     space: LabelSpace | None = None
+    reward_batch_size: int | None = None
 
     @property
     def num_prompts(self) -> int:
@@ -251,7 +274,7 @@ class Environment:
 
     def log_likelihood(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """log p̂(y | decode(x)), (B,) nats."""
-        return self.score(self.decode(x), labels)
+        return in_chunks(lambda x, labels: self.score(self.decode(x), labels), self.reward_batch_size)(x, labels)
 
     def scores(self, images: torch.Tensor) -> torch.Tensor:
         """log p̂ of every label of the environment, (B, C, H, W) -> (B, M) nats."""
@@ -259,7 +282,7 @@ class Environment:
 
     def log_likelihoods(self, x: torch.Tensor) -> torch.Tensor:
         """The same of states, (B, C, *) -> (B, M) nats: decoded once."""
-        return self.scores(self.decode(x))
+        return in_chunks(lambda x: self.scores(self.decode(x)), self.reward_batch_size)(x)
 
     def batch(self, label_rows: torch.Tensor, prompt_rows: torch.Tensor, generator: torch.Generator | None) -> Batch:
         """A batch with labels[label_rows] and prompt_embeds[prompt_rows], its x_0 drawn from `generator`."""

@@ -33,7 +33,7 @@ from .experience import Baseline, NonFiniteError, collect
 from .labels import label_grid
 from .objectives import OBJECTIVES
 from .policy import Policy
-from .rollouts import Batch, Environment, Sampler
+from .rollouts import Batch, Environment, Sampler, in_chunks
 from .transitions import start_snr
 
 
@@ -77,7 +77,12 @@ class CTRLConfig:
     coarse_updates: int = _option(0, "First so many updates run on the coarser law of `coarse_steps` denoising steps, for speed.")
     coarse_steps: int = _option(8, "Denoising steps of the coarse start; what is learned there carries over.")
     merge_lora: bool = _option(False, "Compute W + BA once an update: about half the cost on small float32 models.")
-    checkpointing: bool = _option(False, "Recompute denoiser calls in backward: less memory, more time.")
+    checkpointing: bool = _option(
+        False, "direct_backprop: compute each step again on the way back, in memory that does not grow with K; a quarter more time."
+    )
+    reward_batch_size: int | None = _option(
+        None, "Samples decoded and scored at a time; all by default. Same gradient, less memory."
+    )
     batch_size: int = _option(64, "Trajectories per micro-batch and process.")
     gradient_accumulation_steps: int = _option(1, "Micro-batches per update.")
     max_updates: int = _option(300, "Optimizer updates.")
@@ -120,8 +125,9 @@ class CTRLConfig:
             "label_bins",
             "ppo_epochs",
             "ppo_minibatches",
+            "reward_batch_size",
         ):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
     def objective_options(self) -> dict[str, Any]:
@@ -218,11 +224,12 @@ class CTRLTrainer:
             labels.to(device),
             config.gamma,
             None if config.gamma_range is None else tuple(config.gamma_range),
-            decode or (lambda x: x),
+            in_chunks(decode or (lambda x: x), config.reward_batch_size),
             None if prompt_embeds is None else prompt_embeds.to(device),
             None if null_embeds is None else null_embeds.to(device),
             spread,
             policy.label_space,
+            config.reward_batch_size,
         )
         self.coarse = self.environment
         if config.coarse_updates:

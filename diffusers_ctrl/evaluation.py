@@ -358,6 +358,7 @@ def evaluate_gammas(
     generator: torch.Generator | None,
     label_names: Sequence[str],
     *,
+    batch_size: int = 100,
     oracle: LabelOracle | None = None,
     prompt_oracle: PromptOracle | None = None,
 ) -> dict[str, Any]:
@@ -366,7 +367,7 @@ def evaluate_gammas(
     scores = base_scores(base, environment)
     for gamma in gammas:
         at = replace(environment, gamma=gamma)
-        tuned = draw_samples(policy, at, per_label, generator, description=f"gamma {gamma:g}")
+        tuned = draw_samples(policy, at, per_label, generator, batch_size=batch_size, description=f"gamma {gamma:g}")
         found = evaluate(tuned, base, at, label_names, oracle=oracle, prompt_oracle=prompt_oracle, scores=scores)
         given = [f"by_given.{name}." for name in _by_given(environment)]
         attributes = [key for key in found if key.startswith(("by_attribute.", "exact_by_attribute."))]

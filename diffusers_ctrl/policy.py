@@ -103,7 +103,8 @@ class Policy(nn.Module):
         null_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The pre-trained model's guided output, bit for bit; gradients flow to `sample` only."""
-        return self._call(self._base, sample, timestep, prompt_embeds, null_embeds)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and sample.requires_grad):  # nothing else in it has a gradient
+            return self._call(self._base, sample, timestep, prompt_embeds, null_embeds)
 
     @contextmanager
     def uncheckpointed(self) -> Iterator[None]:
@@ -118,8 +119,7 @@ class Policy(nn.Module):
         if torch.is_grad_enabled():
             for module in self._checkpointed_modules():
                 module._gradient_checkpointing_func = self._checkpointed_block
-        # the reference has no trainable weights: without a state that does, nothing in it has a gradient
-        if self.checkpointing and torch.is_grad_enabled() and (function == self._tuned or args[0].requires_grad):
+        if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
         return function(*args)
 

@@ -34,6 +34,7 @@ from .labels import label_grid
 from .objectives import OBJECTIVES
 from .policy import Policy
 from .rollouts import Batch, Environment, Sampler, in_chunks
+from .tracking import BAR, tracker_names
 from .transitions import start_snr
 
 
@@ -98,7 +99,7 @@ class CTRLConfig:
     checkpoints_total_limit: int = _option(2, "How many checkpoints are kept.")
     resume_from: str | None = _option(None, "A checkpoint folder, or 'latest'.")
     sample_every: int = _option(100, "Updates between sample grids; 0 for none.")
-    report_to: str = _option("tensorboard", "Tracker known to accelerate, or 'none'.")
+    report_to: str = _option("tensorboard", "Tracker known to accelerate, several as 'tensorboard,wandb', or 'none'.")
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -206,9 +207,8 @@ class CTRLTrainer:
     ) -> None:
         self.config = config
         self.output_dir = Path(config.output_dir)
-        trackers = None if config.report_to == "none" else config.report_to
         self.accelerator = accelerator or Accelerator(
-            mixed_precision=config.mixed_precision, log_with=trackers, project_dir=str(self.output_dir)
+            mixed_precision=config.mixed_precision, log_with=tracker_names(config.report_to), project_dir=str(self.output_dir)
         )
         device = self.accelerator.device
         self.policy = policy.to(device)
@@ -278,7 +278,7 @@ class CTRLTrainer:
         if config.report_to != "none":
             settings = {k: v for k, v in asdict(config).items() if isinstance(v, (int, float, str, bool))}
             self.accelerator.init_trackers("ctrl", config=settings)
-        bar = tqdm(total=config.max_updates, initial=self.update, desc="training", unit="update", disable=not main)
+        bar = tqdm(total=config.max_updates, initial=self.update, desc="training", bar_format=BAR, disable=not main)
         smooth = None
         while self.update < config.max_updates:
             started = time.perf_counter()
@@ -291,16 +291,20 @@ class CTRLTrainer:
                     f"Training stopped at update {self.update + 1}: {error}. The weights before this update are in {where}."
                 ) from error
             self.update += 1
-            self.seconds += time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            self.seconds += seconds
+            size = config.batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
+            rate = size / seconds
             smooth = metrics["objective"] if smooth is None else 0.9 * smooth + 0.1 * metrics["objective"]
             if self.log_partition is not None:
                 metrics["gap_estimate"] = self.log_partition - smooth
             self.history.append({"update": self.update, "seconds": self.seconds, **metrics})
             if config.report_to != "none":
-                self.accelerator.log(metrics, step=self.update)
+                self.accelerator.log({**metrics, "samples_per_second": rate}, step=self.update)
             shown = {"J": f"{smooth:.2f}", "reward": f"{metrics['reward']:.2f}", "KL": f"{metrics['kl']:.2f}"}
             if self.log_partition is not None:
                 shown["gap~"] = f"{metrics['gap_estimate']:.2f}"
+            shown["samples/s"] = f"{rate:.3g}"
             bar.set_postfix(shown, refresh=False)
             bar.update()
             if config.checkpoint_every and self.update % config.checkpoint_every == 0:

@@ -42,6 +42,7 @@ ORDER = (
     "evaluation",
     "cards",
     "pipelines",
+    "tracking",
     "trainer",
     "__init__",  # the package itself: may import all, so nothing in it may import it
 )

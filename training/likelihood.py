@@ -126,6 +126,8 @@ def fit_or_load_classifier(
         members=task.classifier_members,
         coordinates=task.classifier_coordinates,
     )
+    if task.dry_run:  # as large and as slow as a fitted one
+        return classifier.eval().requires_grad_(False), {}, 0.0
     report = fit_classifier(classifier, images, labels, seed=seed, max_epochs=task.classifier_epochs)
     print(report.lines(), flush=True)
     classifier.save_pretrained(folder)

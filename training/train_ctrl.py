@@ -21,7 +21,9 @@ from accelerate.utils import set_seed
 
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from diffusers_ctrl import CTRLTrainer, Policy  # noqa: E402
+from dry_run import dry_settings, print_dry_run  # noqa: E402
+
+from diffusers_ctrl import CTRLConfig, CTRLTrainer, Policy  # noqa: E402
 from diffusers_ctrl.adapters import (  # noqa: E402
     AdapterConfig,
     check_shareable,
@@ -36,20 +38,29 @@ from diffusers_ctrl.decoding import decoder  # noqa: E402
 from diffusers_ctrl.evaluation import base_scores, draw_samples, evaluate, evaluate_gammas, exact_law, gamma_grid  # noqa: E402
 from diffusers_ctrl.labels import label_grid  # noqa: E402
 from diffusers_ctrl.recording import record_conditions  # noqa: E402
+from diffusers_ctrl.tracking import log_picture, number_log_lines, tracker_names  # noqa: E402
 from figures import plot_curves, plot_samples, sample_rows  # noqa: E402
 from likelihood import make_likelihood  # noqa: E402
-from report import plot_agreement, print_table, write_metrics  # noqa: E402
-from task import attribute_oracle, load_base, parse_arguments, prompt_judge  # noqa: E402
+from report import plot_agreement, print_table, write_metrics, write_report  # noqa: E402
+from task import TaskConfig, attribute_oracle, load_base, parse_arguments, prompt_judge  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    started = time.time()
     task, config = parse_arguments(arguments)
+    if not task.dry_run:
+        return run(task, config)
+    with dry_settings(task, config) as settings:
+        return run(*settings)
+
+
+def run(task: TaskConfig, config: CTRLConfig) -> dict[str, Any]:
+    started = time.time()
     set_seed(config.seed)
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    trackers = None if config.report_to == "none" else config.report_to
+    trackers = tracker_names(config.report_to)
     accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=trackers, project_dir=str(output))
+    number_log_lines(accelerator)
     if accelerator.device.type == "cpu":
         # accelerate launch gives each process one thread; on CPU there is nothing else to use the other cores
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -84,11 +95,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         guidance_scale=config.guidance_scale,
         checkpointing=config.checkpointing,
     )
+    if task.low_vram and getattr(denoiser, "_supports_gradient_checkpointing", False):
+        denoiser.enable_gradient_checkpointing()
 
     def save_images(update: int, policy: Policy) -> None:
         rows = sample_rows(policy, trainer.environment)
         (output / "grids").mkdir(exist_ok=True)
-        plot_samples(rows, ["base", *names], output / "grids" / f"update-{update:06d}.png", f"update {update}")
+        path = output / "grids" / f"update-{update:06d}.png"
+        plot_samples(rows, ["base", *names], path, f"update {update}")
+        log_picture(accelerator, "samples", path, update)
 
     trainer = CTRLTrainer(
         policy,
@@ -102,9 +117,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         accelerator=accelerator,
     )
     environment = trainer.environment
+    if task.dry_run:
+        return print_dry_run(trainer, task)
     generator = torch.Generator(accelerator.device).manual_seed(config.seed + 1_000_003)
-    per_label = max(1, task.base_samples // len(names))
-    base = draw_samples(policy, environment, per_label, generator, tuned=False, description="base samples")
+    per_label, sizes = max(1, task.base_samples // len(names)), {"batch_size": task.sample_batch_size}
+    base = draw_samples(policy, environment, per_label, generator, tuned=False, description="base samples", **sizes)
     gammas = [config.gamma] if config.gamma_range is None else gamma_grid(tuple(config.gamma_range))
     scores = base_scores(base, environment)
     log_partitions = [exact_law(base, replace(environment, gamma=g), scores=scores)["base_log_partition"] for g in gammas]
@@ -132,12 +149,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             task.eval_samples,
             torch.Generator(accelerator.device).manual_seed(config.seed + 2_000_003),
             description="evaluation",
+            **sizes,
         )
         judges = {"oracle": oracle, "prompt_oracle": prompt_judge(task.prompt_oracle, task.prompts)}
         metrics |= evaluate(tuned, base, environment, names, **judges)
         if config.gamma_range is not None:
             generator = torch.Generator(accelerator.device).manual_seed(config.seed + 3_000_003)
-            metrics |= evaluate_gammas(policy, environment, base, gammas, task.eval_samples, generator, names, **judges)
+            metrics |= evaluate_gammas(policy, environment, base, gammas, task.eval_samples, generator, names, **sizes, **judges)
     metrics |= {f"classifier_{key}": value for key, value in likelihood.calibration.items()}
     metrics["seconds_evaluate"] = time.time() - train_started - train_seconds
     metrics["seconds_total"] = time.time() - started
@@ -168,8 +186,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if oracle is not None:
         plot_agreement(output, likelihood.space, environment.labels, tuned, oracle)
     save_card(output, adapter_config, prompts=task.prompts)
+    write_report(output, metrics, history, names, task, config)
     print_table(metrics, names)
-    print(f"\n{metrics['seconds_total']:.0f} s in all. Written to {output}/: the adapter, metrics.json, samples.png, curves.png.")
+    print(
+        f"\n{metrics['seconds_total']:.0f} s in all. Written to {output}/: the adapter, metrics.json, samples.png, curves.png, report.html."
+    )
     if task.push_to_hub:
         print("Pushed:", push_adapter(output, task.hub_model_id))
     prompt = f"{task.prompts[-1]!r}, " if task.prompts[-1] else ""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
 
 from diffusers_ctrl import Continuous, CTRLConfig, LabelSpace
-from diffusers_ctrl.classifiers import Classifier, fit_classifier, resized
+from diffusers_ctrl.classifiers import Classifier, MoreBatches, fit_classifier, resized
 from diffusers_ctrl.decoding import decoder, round_trip
 from diffusers_ctrl.labels import Attribute
 from diffusers_ctrl.rewards import attribute_rewards, classifier_reward
 from digits_data import label_attribute, parse_part, write_digits_dataset
 from labelled_data import LabelledImages, load_labelled_images
 from sampled_data import write_sampled_dataset
+from streamed_data import LabelledStream, stream_labelled_images
 from task import AttributeTask, TaskConfig, import_function
 
 
@@ -40,8 +42,12 @@ class Likelihood:
     num_labels: int
 
 
-def labelled_images(task: TaskConfig, config: CTRLConfig, pipe: DiffusionPipeline) -> tuple[LabelSpace, torch.Tensor, torch.Tensor]:
+def labelled_images(
+    task: TaskConfig, config: CTRLConfig, pipe: DiffusionPipeline
+) -> tuple[LabelSpace, torch.Tensor, torch.Tensor, MoreBatches | None]:
     """What is to be learned of the attributes without a scorer: their label space, images (N, 3, H, W) in [0, 1] and labels (N, A).
+
+    With `streaming` these are the datasets' heads, and the fourth is where the rest comes from (see `fit_classifier`).
 
     A dataset is read once for all attributes that it labels. An image has NaN for the attributes that its dataset says nothing of.
     """
@@ -49,16 +55,39 @@ def labelled_images(task: TaskConfig, config: CTRLConfig, pipe: DiffusionPipelin
     shared: dict[str, list[AttributeTask]] = {}
     for attribute in attributes:
         shared.setdefault(attribute.dataset, []).append(attribute)
-    parts, spaces = [], {}
+    parts, spaces, streams = [], {}, []
     for dataset, own in shared.items():
         data = _load(task, config, pipe, dataset, own)
+        columns = [attributes.index(attribute) for attribute in own]
+        if isinstance(data, LabelledStream):
+            streams.append((data, columns))
+            data = data.head
         rows = torch.full((len(data.images), len(attributes)), torch.nan)
+        rows[:, columns] = data.labels
         for column, attribute in enumerate(own):
-            rows[:, attributes.index(attribute)] = data.labels[:, column]
             spaces[attribute.name] = _meaning(attribute) or attribute.categorical(data.names[column])
         parts.append((data.images, rows))
     images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
-    return LabelSpace({attribute.name: spaces[attribute.name] for attribute in attributes}), images, labels
+    more = _interleaved(streams, len(attributes)) if streams else None
+    return LabelSpace({attribute.name: spaces[attribute.name] for attribute in attributes}), images, labels, more
+
+
+def _interleaved(streams: list[tuple[LabelledStream, list[int]]], width: int) -> MoreBatches:
+    """Batches of the streams in turn, as `fit_classifier` asks for them: labels (B, width), a stream's in its columns and NaN elsewhere."""
+
+    def more(held: torch.Tensor, batch_size: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        sources, first = [], 0
+        for stream, columns in streams:
+            own = held[(held >= first) & (held < first + len(stream.keys))] - first
+            sources.append((stream.batches(own.tolist(), batch_size, seed), columns))
+            first += len(stream.keys)
+        for batches, columns in cycle(sources):
+            images, labels = next(batches)
+            rows = torch.full((len(images), width), torch.nan)
+            rows[:, columns] = labels
+            yield images, rows
+
+    return more
 
 
 def _meaning(attribute: AttributeTask) -> Attribute | None:
@@ -72,7 +101,7 @@ def _meaning(attribute: AttributeTask) -> Attribute | None:
 
 def _load(
     task: TaskConfig, config: CTRLConfig, pipe: DiffusionPipeline, dataset: str, attributes: list[AttributeTask]
-) -> LabelledImages:
+) -> LabelledImages | LabelledStream:
     """One dataset with a column for each of `attributes`, written first where it is the embedded digits or the base's own samples."""
     folder = Path(config.output_dir) / "dataset"
     columns = [attribute.label_column for attribute in attributes]
@@ -94,22 +123,32 @@ def _load(
             seed=config.seed,
             **{name: value for name, value in settings.items() if name in accepted},
         )
-    return load_labelled_images(
-        dataset,
-        task.resolution or decoder(pipe).image_shape[-1],
-        image_column=task.image_column,
-        label_column=columns,
-        label_names=[attribute.names for attribute in attributes],
-        kind=["continuous" if isinstance(_meaning(attribute), Continuous) else "categorical" for attribute in attributes],
-        max_rows=task.num_labels,
-        skip_unreadable=task.skip_unreadable,
+    size = task.resolution or decoder(pipe).image_shape[-1]
+    names = [attribute.names for attribute in attributes]
+    kinds = ["continuous" if isinstance(_meaning(attribute), Continuous) else "categorical" for attribute in attributes]
+    common = {
+        "image_column": task.image_column,
+        "max_rows": task.num_labels,
+        "skip_unreadable": task.skip_unreadable,
         # as the reward will see them, and no larger in memory than the classifier takes them
-        transform=lambda images: resized(round_trip(pipe, images), task.classifier_size),
-    )
+        "transform": lambda images: resized(round_trip(pipe, images), task.classifier_size),
+    }
+    if task.streaming:
+        return stream_labelled_images(
+            dataset, size, label_columns=columns, label_names=names, kinds=kinds, head=task.stream_head, seed=config.seed, **common
+        )
+    return load_labelled_images(dataset, size, label_column=columns, label_names=names, kind=kinds, **common)
 
 
 def fit_or_load_classifier(
-    task: TaskConfig, space: LabelSpace, images: torch.Tensor, labels: torch.Tensor, folder: Path, seed: int, resume: bool
+    task: TaskConfig,
+    space: LabelSpace,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    more: MoreBatches | None,
+    folder: Path,
+    seed: int,
+    resume: bool,
 ) -> tuple[Classifier, dict[str, Any], float]:
     """The calibrated classifier, its report, and the seconds it took; a resumed run reads the one it had."""
     report_path = folder / "calibration.json"
@@ -128,7 +167,17 @@ def fit_or_load_classifier(
     )
     if task.dry_run:  # as large and as slow as a fitted one
         return classifier.eval().requires_grad_(False), {}, 0.0
-    report = fit_classifier(classifier, images, labels, seed=seed, max_epochs=task.classifier_epochs)
+    batch = 64
+    report = fit_classifier(
+        classifier,
+        images,
+        labels,
+        seed=seed,
+        max_epochs=task.classifier_epochs,
+        batch_size=batch,
+        more=more,
+        epoch_batches=max(1, task.epoch_labels // batch),
+    )
     print(report.lines(), flush=True)
     classifier.save_pretrained(folder)
     seconds = time.time() - started
@@ -145,11 +194,11 @@ def make_likelihood(
     given = {attribute.name: _meaning(attribute) for attribute in attributes if attribute.name in scorers}
     classifier, report, seconds, num_labels = None, {}, 0.0, 0
     if len(scorers) < len(attributes):
-        learned, images, labels = labelled_images(task, config, pipe)
-        num_labels = len(images)
+        learned, images, labels, more = labelled_images(task, config, pipe)
         classifier, report, seconds = fit_or_load_classifier(
-            task, learned, images, labels, folder, config.seed, bool(config.resume_from)
+            task, learned, images, labels, more, folder, config.seed, bool(config.resume_from)
         )
+        num_labels = len(images) if more is None else report.get("num_train", len(images))
         classifier.to(device)
         given |= learned.attributes
     space = LabelSpace({attribute.name: given[attribute.name] for attribute in attributes})

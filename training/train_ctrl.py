@@ -21,8 +21,6 @@ from accelerate.utils import set_seed
 
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from dry_run import dry_settings, print_dry_run  # noqa: E402
-
 from diffusers_ctrl import CTRLConfig, CTRLTrainer, Policy  # noqa: E402
 from diffusers_ctrl.adapters import (  # noqa: E402
     AdapterConfig,
@@ -39,6 +37,7 @@ from diffusers_ctrl.evaluation import base_scores, draw_samples, evaluate, evalu
 from diffusers_ctrl.labels import label_grid  # noqa: E402
 from diffusers_ctrl.recording import record_conditions  # noqa: E402
 from diffusers_ctrl.tracking import log_picture, number_log_lines, tracker_names  # noqa: E402
+from dry_run import dry_settings, print_dry_run  # noqa: E402
 from figures import plot_curves, plot_samples, sample_rows  # noqa: E402
 from likelihood import make_likelihood  # noqa: E402
 from report import plot_agreement, print_table, write_metrics, write_report  # noqa: E402

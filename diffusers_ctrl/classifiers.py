@@ -6,7 +6,8 @@ and its steep log p̂ is a hard one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,6 +19,10 @@ from tqdm.auto import tqdm
 
 from .calibration import CalibrationReport, calibrations, log_likelihood, log_mean_softmax
 from .labels import Categorical, LabelSpace
+
+
+Labelled = tuple[torch.Tensor, torch.Tensor]  # images (B, C, H, W) in [0, 1], labels (B, A)
+MoreBatches = Callable[[torch.Tensor, int, int], Iterator[Labelled]]
 
 
 class _Residual(nn.Module):
@@ -166,6 +171,8 @@ def fit_classifier(
     noise: float = 0.0,
     seed: int = 0,
     progress: bool = True,
+    more: MoreBatches | None = None,
+    epoch_batches: int = 150,
 ) -> CalibrationReport:
     """Maximum likelihood with early stopping on held-out data, then one temperature an attribute on the held-out predictions.
 
@@ -180,6 +187,9 @@ def fit_classifier(
         images: (N, C, H, W) in [0, 1], as the reward will see them (decoded).
         labels: (N, A) class indices and numbers, NaN where unknown. Images without any label are left out.
         noise: standard deviation of the Gaussian noise that is added to the training images.
+        more: where the images above are only the head of a larger dataset, the batches to learn from: more(held, batch_size, seed) gives
+            endless (images, labels) without the images `held` (rows of `images`), which the member stops early and is calibrated on.
+        epoch_batches: with `more`, how many batches are an epoch.
 
     Raises:
         ValueError: for labels of another shape, that are no class or outside the interval; if a training split lacks one of an
@@ -194,11 +204,14 @@ def fit_classifier(
     device = next(classifier.parameters()).device
     bar = tqdm(total=count * max_epochs, desc="classifier", unit="epoch", disable=not progress)
     held, epochs = [], 0
-    for network, validation in zip(classifier.networks, parts, strict=True):
-        train = order[~torch.isin(order, validation)]
-        options = {"max_epochs": max_epochs, "patience": patience, "batch_size": batch_size, "noise": noise, "bar": bar}
+    for member, (network, validation) in enumerate(zip(classifier.networks, parts, strict=True)):
+        if more is None:
+            batches = _epochs(images, labels, order[~torch.isin(order, validation)], batch_size, generator)
+        else:
+            batches = _checked_epochs(classifier.label_space, more(validation, batch_size, seed + 1 + member), epoch_batches)
+        options = {"max_epochs": max_epochs, "patience": patience, "noise": noise, "bar": bar}
         optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=weight_decay)
-        epochs += _fit_network(classifier, network, optimizer, images, labels, train, validation, generator, **options)
+        epochs += _fit_network(classifier, network, optimizer, batches, images, labels, validation, generator, **options)
         held.append(_outputs(lambda chunk, network=network: network(classifier.prepare(chunk.to(device))), images, validation))
     bar.close()
     classifier.eval().requires_grad_(False)
@@ -206,6 +219,8 @@ def fit_classifier(
     found = calibrations(classifier.label_space, outputs, labels[torch.cat(parts)])
     classifier.register_to_config(temperatures=tuple(row.temperature for row in found.values()))
     num_train = len(order) - len(parts[0])
+    if more is not None:
+        num_train = round(epochs / count) * epoch_batches * batch_size
     return CalibrationReport(found, num_train, num_validation=sum(map(len, parts)), epochs=round(epochs / count))
 
 
@@ -281,23 +296,43 @@ def _check_split(space: LabelSpace, train: torch.Tensor, held_out: torch.Tensor)
             raise ValueError(f"Too few images have a label of attribute {name!r}: each of the members must hold out one or more.")
 
 
+def _epochs(
+    images: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor, batch_size: int, generator: torch.Generator
+) -> Iterator[Iterable[Labelled]]:
+    """Endless epochs over these rows, each in another order."""
+    while True:
+        order = rows[torch.randperm(len(rows), generator=generator)]
+        yield ((images[part], labels[part]) for part in order.split(batch_size))
+
+
+def _checked_epochs(space: LabelSpace, batches: Iterator[Labelled], count: int) -> Iterator[Iterable[Labelled]]:
+    """Endless epochs of `count` batches each, whose labels are looked at as they come."""
+
+    def checked() -> Iterator[Labelled]:
+        for images, labels in islice(batches, count):
+            _check_labels(space, images, labels)
+            yield images, labels
+
+    while True:
+        yield checked()
+
+
 def _fit_network(
     classifier: Classifier,
     network: _Network,
     optimizer: torch.optim.Optimizer,
+    batches: Iterator[Iterable[Labelled]],
     images: torch.Tensor,
     labels: torch.Tensor,
-    train: torch.Tensor,
     validation: torch.Tensor,
     generator: torch.Generator,
     *,
     max_epochs: int,
     patience: int,
-    batch_size: int,
     noise: float,
     bar: tqdm,
 ) -> int:
-    """Trains one member and leaves it as it was at its best on `validation`; returns the epochs it took."""
+    """Trains one member and leaves it as it was at its best on `validation`; returns the epochs it took. batches: of each epoch."""
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max_epochs)
     device = next(network.parameters()).device
 
@@ -314,11 +349,11 @@ def _fit_network(
     best, best_state, best_epoch, epochs = float("inf"), None, 0, 0
     for epoch in range(max_epochs):
         network.train()
-        for rows in train[torch.randperm(len(train), generator=generator)].split(batch_size):
-            batch = _shift(images[rows], generator)
+        for batch, label in next(batches):
+            batch = _shift(batch, generator)
             if noise:
                 batch = batch + noise * torch.randn(batch.shape, generator=generator)
-            loss = nll(network(classifier.prepare(batch.to(device))), labels[rows].to(device))
+            loss = nll(network(classifier.prepare(batch.to(device))), label.to(device))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

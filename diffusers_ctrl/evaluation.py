@@ -400,6 +400,7 @@ def evaluate_gammas(
     generator: torch.Generator | None,
     label_names: Sequence[str],
     *,
+    batch_size: int = 100,
     oracle: LabelOracle | None = None,
     prompt_oracle: PromptOracle | None = None,
     distributed: bool = False,
@@ -413,7 +414,9 @@ def evaluate_gammas(
     scores = None if base.images is None else base_scores(base, environment)
     for gamma in gammas:
         at = replace(environment, gamma=gamma)
-        tuned = draw_samples(policy, at, per_label, generator, description=f"gamma {gamma:g}", distributed=distributed)
+        tuned = draw_samples(
+            policy, at, per_label, generator, batch_size=batch_size, description=f"gamma {gamma:g}", distributed=distributed
+        )
         if tuned.images is None:
             continue
         found = evaluate(tuned, base, at, label_names, oracle=oracle, prompt_oracle=prompt_oracle, scores=scores)

@@ -26,14 +26,16 @@ numbers from `generator` are rows' own; what is drawn once for a whole batch (`r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 
 from .experience import Experience, LogLikelihood, checked, collect
+from .paths import Path, StepLosses, backwards, gradients, scales_losses, walk
 from .policy import Policy
 from .randomness import RandomSource
-from .rollouts import Batch, Rollout, Sampler, base_transition, rollout, tuned_transition
+from .rollouts import Batch, Sampler, base_transition, rollout, tuned_transition
+from .transitions import Transition
 
 
 Metrics = dict[str, float]
@@ -65,40 +67,90 @@ def direct_backprop(
 ) -> tuple[torch.Tensor, Metrics]:
     """−J by the path-wise gradient, through all steps or through the last `truncation` steps only (drawn once a batch: the same
     steps for reward and KL). Truncation is biased: it cannot see what early steps do to the KL of later ones.
+
+    With the policy's `checkpointing` the trajectory is taken without a graph and gone through backwards, each step computed again when
+    its turn comes: memory does not grow with K. (Under float16 autocast, whose gradients are scaled, calls are checkpointed instead.)
     """
     steps = len(sampler.timesteps)
     least = steps - sampler.noisy_steps[-1]  # the last steps may have no noise, and then nothing to tune
     if truncation is not None and not least <= truncation <= steps:
         raise ValueError(f"truncation must be between {least} and the number of steps, {steps}; got {truncation}.")
+    if policy.checkpointing and not scales_losses(batch.noise):
+        return _recomputed_backprop(policy, sampler, batch, log_likelihood, generator, truncation or steps)
     trajectory = rollout(policy, sampler, batch, generator, grad_steps=truncation or steps)
     reward = _differentiable(checked(log_likelihood(trajectory.sample, batch.labels)), "direct_backprop")
     loss = (trajectory.kl - batch.gamma.to(reward) * reward).mean()
     return loss, _metrics(reward, trajectory.kl, batch)
 
 
-def lean_adjoint(
-    policy: Policy, sampler: Sampler, batch: Batch, trajectory: Rollout, log_likelihood: LogLikelihood
-) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
-    """Solves the lean adjoint backwards along a trajectory.
+def _recomputed_backprop(
+    policy: Policy,
+    sampler: Sampler,
+    batch: Batch,
+    log_likelihood: LogLikelihood,
+    generator: torch.Generator | None,
+    grad_steps: int,
+) -> tuple[torch.Tensor, Metrics]:
+    """The same loss and gradient, a_k = ∂(−J)/∂x_k carried backwards: a_k = (∂x_{k+1}/∂x_k)ᵀ a_{k+1} + ∂KL_k/∂x_k, on fixed noise."""
+    path = walk(policy, sampler, batch, generator)
+    adjoint, reward = _final_adjoint(path.sample, batch, log_likelihood, "direct_backprop")
+    kl = torch.zeros(len(batch), dtype=torch.promote_types(path.sample.dtype, torch.float32), device=path.sample.device)
+    losses = StepLosses(policy, path.sample)
+    first = len(sampler.timesteps) - grad_steps
+    with policy.uncheckpointed():
+        for k, x, following in backwards(policy, sampler, batch, path):
+            if k < first:
+                break
+            x = x.detach().requires_grad_(k > first)  # before the first of them nothing is differentiated
+            with torch.enable_grad():
+                base = base_transition(policy, sampler, batch, k, x)
+                if k not in sampler.noisy_steps:
+                    if k > first:
+                        (adjoint,) = gradients([base.mean], [x], [adjoint])
+                    continue
+                taken = tuned_transition(policy, sampler, batch, k, x)
+                step_kl = taken.kl(base)
+                noise = ((following - taken.mean) / taken.std).detach()
+                outputs = [step_kl, taken.sample(noise=noise)]
+            inputs = [*losses.roots, x] if k > first else losses.roots
+            found = gradients(outputs, inputs, [torch.ones_like(step_kl), adjoint])
+            if k > first:
+                adjoint = found.pop()
+            losses.take(step_kl.detach().sum(), found)
+            kl = kl + step_kl.detach()
+    ends = (batch.gamma.to(reward) * reward).sum()
+    losses.take(-ends, [])
+    return losses.total() / len(batch), _metrics(reward, kl, batch)
 
-    Returns:
-        adjoint: K+1 tensors (B, C, *), adjoint[k] = ∂(−gamma log p̂)/∂x_k through the base; base_means: K tensors mu_pre(x_k);
-        reward: (B,) nats.
-    """
+
+def _final_adjoint(
+    sample: torch.Tensor, batch: Batch, log_likelihood: LogLikelihood, name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """∂(−gamma log p̂)/∂x_K, (B, C, *), and log p̂, (B,) nats."""
     with torch.enable_grad():
-        x = trajectory.sample.detach().requires_grad_()
-        reward = _differentiable(checked(log_likelihood(x, batch.labels)), "adjoint_matching")
-        (adjoint,) = torch.autograd.grad(-(batch.gamma.to(reward) * reward).sum(), x)
-    steps = len(sampler.timesteps)
-    adjoints, base_means = [adjoint], []
-    for k in reversed(range(steps)):
-        with torch.enable_grad():
-            x = trajectory.states[k].detach().requires_grad_()
-            mean = base_transition(policy, sampler, batch, k, x).mean
-            (adjoint,) = torch.autograd.grad(mean, x, grad_outputs=adjoint)
-        adjoints.append(adjoint)
-        base_means.append(mean.detach())
-    return adjoints[::-1], base_means[::-1], reward.detach()
+        x = sample.detach().requires_grad_()
+        reward = _differentiable(checked(log_likelihood(x, batch.labels)), name)
+        (adjoint,) = gradients([-(batch.gamma.to(reward) * reward).sum()], [x], [None])
+    return adjoint, reward.detach()
+
+
+def lean_adjoint(
+    policy: Policy, sampler: Sampler, batch: Batch, path: Path, adjoint: torch.Tensor
+) -> Iterator[tuple[int, torch.Tensor, Transition, torch.Tensor]]:
+    """Solves the lean adjoint backwards along a trajectory, from adjoint = ∂(−gamma log p̂)/∂x_K.
+
+    Yields:
+        (k, x_k, the base's transition at x_k, adjoint_{k+1}) for k = K − 1 … 0, with adjoint_k = ∂(−gamma log p̂)/∂x_k through the base.
+    """
+    for k, x, _ in backwards(policy, sampler, batch, path):
+        x = x.detach().requires_grad_(k > 0)  # nobody asks for adjoint_0
+        following = adjoint
+        with policy.uncheckpointed(), torch.enable_grad():
+            base = base_transition(policy, sampler, batch, k, x)
+            if k > 0:
+                (adjoint,) = gradients([base.mean], [x], [following])
+        base = Transition(base.mean.detach(), base.std.detach())
+        yield k, x.detach(), base, following
 
 
 def random_steps(sampler: Sampler, count: int, generator: torch.Generator | None = None) -> list[int]:
@@ -121,38 +173,28 @@ def adjoint_matching(
 ) -> tuple[torch.Tensor, Metrics]:
     """Regression of the control on −sigma_k · adjoint[k+1]; memory does not grow with the number of steps regressed on.
 
+    The gradient of each step is taken on the way back, so that memory does not grow with K (under float16 autocast it does, but for the
+    policy's `checkpointing`).
+
     Args:
         steps: which noisy steps (0 … N−1) to regress on, all by default; the loss is scaled to stand for all. With `random_steps` it is
             an unbiased estimate of Σ_k ½‖u_k + sigma_k adjoint_{k+1}‖², averaged over the batch.
     """
-    trajectory = rollout(policy, sampler, batch, generator, reference=False)
-    adjoints, base_means, reward = lean_adjoint(policy, sampler, batch, trajectory, log_likelihood)
-    chosen = sampler.noisy_steps if steps is None else [sampler.noisy_steps[i] for i in steps]
-    scale = len(sampler.noisy_steps) / len(chosen)
-    loss, kl = _regression(policy, sampler, batch, trajectory, chosen, scale, lambda k: adjoints[k + 1], lambda k: base_means[k])
-    return loss, _metrics(reward, kl, batch)
-
-
-def _regression(
-    policy: Policy,
-    sampler: Sampler,
-    batch: Batch,
-    trajectory: Rollout,
-    chosen: Sequence[int],
-    scale: float,
-    next_adjoint: Callable[[int], torch.Tensor],
-    base_mean: Callable[[int], torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean over the batch of Σ_k ½‖u_k + sigma_k adjoint_{k+1}‖², and the KL, (B,), both estimated from the chosen steps."""
-    loss = batch.noise.new_zeros(())
-    kl = batch.noise.new_zeros(len(batch))
-    for k in chosen:
-        tuned = tuned_transition(policy, sampler, batch, k, trajectory.states[k].detach()).mean
-        control = (tuned - base_mean(k)) / trajectory.stds[k]
-        residual = control + trajectory.stds[k] * next_adjoint(k)
-        loss = loss + scale * residual.square().flatten(1).sum(1).mean() / 2
-        kl = kl + scale * control.detach().square().flatten(1).sum(1) / 2
-    return loss, kl
+    path = walk(policy, sampler, batch, generator)
+    adjoint, reward = _final_adjoint(path.sample, batch, log_likelihood, "adjoint_matching")
+    noisy = sampler.noisy_steps
+    chosen = noisy if steps is None else [noisy[i] for i in steps]
+    scale = len(noisy) / len(chosen)
+    losses, kl = StepLosses(policy, batch.noise), batch.noise.new_zeros(len(batch))
+    for k, x, base, next_adjoint in lean_adjoint(policy, sampler, batch, path, adjoint):
+        if k in chosen:
+            with losses.step():
+                taken = tuned_transition(policy, sampler, batch, k, x)
+                control = (taken.mean - base.mean) / taken.std.detach()
+                residual = control + taken.std.detach() * next_adjoint
+                losses.add(scale * residual.square().flatten(1).sum(1).mean() / 2)
+            kl = kl + scale * control.detach().square().flatten(1).sum(1) / 2
+    return losses.total(), _metrics(reward, kl, batch)
 
 
 def policy_gradient(
@@ -177,15 +219,16 @@ def policy_gradient(
         experience = collect(policy, sampler, batch, log_likelihood, generator)
     noisy = sampler.noisy_steps
     steps = list(range(len(noisy))) if steps is None else steps
-    loss = batch.noise.new_zeros(())
+    losses = StepLosses(policy, batch.noise)
     for i in steps:
-        taken = tuned_transition(policy, sampler, batch, noisy[i], experience.states[i])
-        # far beyond the clipping range the ratio's size no longer matters, only that it stays finite
-        ratio = taken.log_ratio(experience.taken[i], experience.following[i]).clamp(-20, 20).exp()
-        advantage = experience.advantages[i].to(ratio)
-        gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage)
-        loss = loss + (taken.kl(experience.base[i]) - gain).mean()
-    return loss * len(noisy) / len(steps), _metrics(experience.reward, experience.kl.sum(0), batch)
+        with losses.step():
+            taken = tuned_transition(policy, sampler, batch, noisy[i], experience.states[i])
+            # far beyond the clipping range the ratio's size no longer matters, only that it stays finite
+            ratio = taken.log_ratio(experience.taken[i], experience.following[i]).clamp(-20, 20).exp()
+            advantage = experience.advantages[i].to(ratio)
+            gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage)
+            losses.add((taken.kl(experience.base[i]) - gain).mean())
+    return losses.total() * len(noisy) / len(steps), _metrics(experience.reward, experience.kl.sum(0), batch)
 
 
 OBJECTIVES: dict[str, Callable[..., tuple[torch.Tensor, Metrics]]] = {

@@ -31,9 +31,9 @@ class Policy(nn.Module):
         lora_rank, lora_targets: where LoRA goes; `lora_rank=None` if the denoiser already carries it.
         injection_site: module path of the time embedding, where it has an unusual name.
         guidance_scale: classifier-free guidance; 1 means none (and half the cost).
-        checkpointing: recompute each denoiser call during backward instead of keeping its activations. A whole call is
-            recomputed. The denoiser's own `enable_gradient_checkpointing()` works too, beside this or alone: its blocks are then
-            recomputed with the label and the LoRA as they were.
+        checkpointing: recompute each denoiser call during backward instead of keeping its activations, where a gradient flows. A whole
+            call is recomputed. The denoiser's own `enable_gradient_checkpointing()` works too, beside this or alone: its blocks are
+            then recomputed with the label and the LoRA as they were.
     """
 
     def __init__(
@@ -103,7 +103,17 @@ class Policy(nn.Module):
         null_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The pre-trained model's guided output, bit for bit; gradients flow to `sample` only."""
-        return self._call(self._base, sample, timestep, prompt_embeds, null_embeds)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and sample.requires_grad):  # nothing else in it has a gradient
+            return self._call(self._base, sample, timestep, prompt_embeds, null_embeds)
+
+    @contextmanager
+    def uncheckpointed(self) -> Iterator[None]:
+        """Within the block no whole call is recomputed: for gradients that are taken call by call, which would gain nothing by it."""
+        before, self.checkpointing = self.checkpointing, False
+        try:
+            yield
+        finally:
+            self.checkpointing = before
 
     def _call(self, function, *args) -> torch.Tensor:
         if torch.is_grad_enabled():
@@ -211,3 +221,11 @@ class Policy(nn.Module):
             "lora": [p for p in self.denoiser.parameters() if p.requires_grad],
             "label_encoder": list(self.label_encoder.parameters()),
         }
+
+    def roots(self) -> list[torch.Tensor]:
+        """Where the graph of a tuned call ends: the trainable parameters; within `merged` the merged weights in place of the LoRA's."""
+        parameters = [parameter for group in self.trainable_parameters().values() for parameter in group]
+        if self._merged is None:
+            return parameters
+        merged = {id(parameter) for layer in self._lora for parameter in layer.parameters()}
+        return [*self._merged.values(), *(parameter for parameter in parameters if id(parameter) not in merged)]

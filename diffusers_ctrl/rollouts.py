@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from .conditions import Condition
 from .labels import LabelSpace
@@ -164,12 +165,14 @@ def rollout(
     tuned: bool = True,
     grad_steps: int = 0,
     reference: bool = True,
+    span: range | None = None,
 ) -> Rollout:
     """Samples trajectories from the tuned model (or, with `tuned=False`, from the base).
 
     Args:
         grad_steps: how many of the last steps build a graph; the state entering the first of them is detached.
         reference: whether to call the base on steps without a graph, for their KL and log-ratio. Without it, these steps count 0.
+        span: take these steps only, the first of them from `batch.noise`; all by default.
 
     Returns:
         A `Rollout`; `kl` carries a graph over the last `grad_steps` steps.
@@ -179,7 +182,7 @@ def rollout(
     states, stds = [x], []
     kl = torch.zeros(len(batch), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     log_ratio = torch.zeros(len(batch), dtype=torch.float64, device=x.device)
-    for k in range(steps):
+    for k in range(steps) if span is None else span:
         with_grad = k >= steps - grad_steps
         with torch.set_grad_enabled(with_grad):
             if k not in sampler.noisy_steps or not tuned:
@@ -218,6 +221,26 @@ class Choice:
         return Choice(*(value[rows] for value in vars(self).values()))
 
 
+def in_chunks(function: Callable[..., torch.Tensor], size: int | None) -> Callable[..., torch.Tensor]:
+    """The same function of tensors (B, …), called with at most `size` rows at a time; `function` itself for None.
+
+    Where a gradient flows, each chunk is computed again in backward: never more than one chunk's activations are in memory, and the
+    gradient is the same, as long as a row's result does not depend on the others.
+    """
+    if size is None:
+        return function
+
+    def chunked(*tensors: torch.Tensor) -> torch.Tensor:
+        if len(tensors[0]) <= size:
+            return function(*tensors)
+        parts = zip(*(tensor.split(size) for tensor in tensors), strict=True)
+        if torch.is_grad_enabled() and tensors[0].requires_grad:
+            return torch.cat([checkpoint(function, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
+        return torch.cat([function(*part) for part in parts])
+
+    return chunked
+
+
 @dataclass(frozen=True)
 class Environment:
     """What is fixed while a policy trains or is judged: the base law's sampler, and what a finished sample is worth.
@@ -234,6 +257,7 @@ class Environment:
         decode: states (B, C, *) -> images in [0, 1]; identity by default. Differentiable where the reward is.
         prompt_embeds: (P, L, D) or P rows of a `Condition`, the prompts that are drawn, uniformly; None for an unconditional denoiser.
         null_embeds: (1, L, D), for guidance.
+        reward_batch_size: how many states are decoded and scored at a time; None for a whole batch.
     """
 
     sampler: Sampler
@@ -247,6 +271,7 @@ class Environment:
     null_embeds: torch.Tensor | None = None
     spread: torch.Tensor | None = None
     space: LabelSpace | None = None
+    reward_batch_size: int | None = None
 
     @property
     def num_prompts(self) -> int:
@@ -262,7 +287,7 @@ class Environment:
 
     def log_likelihood(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """log p̂(y | decode(x)), (B,) nats."""
-        return self.score(self.decode(x), labels)
+        return in_chunks(lambda x, labels: self.score(self.decode(x), labels), self.reward_batch_size)(x, labels)
 
     def scores(self, images: torch.Tensor) -> torch.Tensor:
         """log p̂ of every label of the environment, (B, C, H, W) -> (B, M) nats."""
@@ -270,7 +295,7 @@ class Environment:
 
     def log_likelihoods(self, x: torch.Tensor) -> torch.Tensor:
         """The same of states, (B, C, *) -> (B, M) nats: decoded once."""
-        return self.scores(self.decode(x))
+        return in_chunks(lambda x: self.scores(self.decode(x)), self.reward_batch_size)(x)
 
     def start(self, choice: Choice, generator: RandomSource) -> Batch:
         """The batch of a choice, its x_0 drawn from `generator`."""

@@ -34,7 +34,8 @@ from .labels import label_grid
 from .objectives import OBJECTIVES, random_steps
 from .policy import Policy
 from .randomness import TrajectoryNoise, batch_seeds
-from .rollouts import Batch, Environment, Sampler
+from .rollouts import Batch, Environment, Sampler, in_chunks
+from .tracking import BAR, tracker_names
 from .transitions import start_snr
 
 
@@ -78,7 +79,12 @@ class CTRLConfig:
     coarse_updates: int = _option(0, "First so many updates run on the coarser law of `coarse_steps` denoising steps, for speed.")
     coarse_steps: int = _option(8, "Denoising steps of the coarse start; what is learned there carries over.")
     merge_lora: bool = _option(False, "Compute W + BA once an update: about half the cost on small float32 models.")
-    checkpointing: bool = _option(False, "Recompute denoiser calls in backward: less memory, more time.")
+    checkpointing: bool = _option(
+        False, "direct_backprop: compute each step again on the way back, in memory that does not grow with K; a quarter more time."
+    )
+    reward_batch_size: int | None = _option(
+        None, "Samples decoded and scored at a time; all by default. Same gradient, less memory."
+    )
     batch_size: int = _option(64, "Trajectories at a time on each process: a micro-batch.")
     gradient_accumulation_steps: int = _option(1, "Micro-batches per update on each process.")
     global_batch_size: int | None = _option(
@@ -98,7 +104,7 @@ class CTRLConfig:
     checkpoints_total_limit: int = _option(2, "How many checkpoints are kept.")
     resume_from: str | None = _option(None, "A checkpoint folder, or 'latest'.")
     sample_every: int = _option(100, "Updates between sample grids; 0 for none.")
-    report_to: str = _option("tensorboard", "Tracker known to accelerate, or 'none'.")
+    report_to: str = _option("tensorboard", "Tracker known to accelerate, several as 'tensorboard,wandb', or 'none'.")
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -126,6 +132,7 @@ class CTRLConfig:
             "label_bins",
             "ppo_epochs",
             "ppo_minibatches",
+            "reward_batch_size",
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -207,9 +214,8 @@ class CTRLTrainer:
     ) -> None:
         self.config = config
         self.output_dir = Path(config.output_dir)
-        trackers = None if config.report_to == "none" else config.report_to
         self.accelerator = accelerator or processes.make_accelerator(
-            mixed_precision=config.mixed_precision, log_with=trackers, project_dir=str(self.output_dir)
+            mixed_precision=config.mixed_precision, log_with=tracker_names(config.report_to), project_dir=str(self.output_dir)
         )
         self.batch_size = config.global_batch_size or config.batch_size * config.gradient_accumulation_steps * processes.count()
         if self.batch_size < processes.count():
@@ -230,11 +236,12 @@ class CTRLTrainer:
             labels.to(device),
             config.gamma,
             None if config.gamma_range is None else tuple(config.gamma_range),
-            decode or (lambda x: x),
+            in_chunks(decode or (lambda x: x), config.reward_batch_size),
             None if prompt_embeds is None else prompt_embeds.to(device),
             None if null_embeds is None else null_embeds.to(device),
             spread,
             policy.label_space,
+            config.reward_batch_size,
         )
         self.coarse = self.environment
         if config.coarse_updates:
@@ -286,7 +293,7 @@ class CTRLTrainer:
         self.accelerator.print(
             f"{self.batch_size} trajectories an update, at most {config.batch_size} at a time on each of {processes.count()} process(es)"
         )
-        bar = tqdm(total=config.max_updates, initial=self.update, desc="training", unit="update", disable=not main)
+        bar = tqdm(total=config.max_updates, initial=self.update, desc="training", bar_format=BAR, disable=not main)
         smooth = None
         while self.update < config.max_updates:
             started = time.perf_counter()
@@ -299,16 +306,20 @@ class CTRLTrainer:
                     f"Training stopped at update {self.update + 1}: {error}. The weights before this update are in {where}."
                 ) from error
             self.update += 1
-            self.seconds += time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            self.seconds += seconds
+            size = config.batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
+            rate = size / seconds
             smooth = metrics["objective"] if smooth is None else 0.9 * smooth + 0.1 * metrics["objective"]
             if self.log_partition is not None:
                 metrics["gap_estimate"] = self.log_partition - smooth
             self.history.append({"update": self.update, "seconds": self.seconds, **metrics})
             if config.report_to != "none":
-                self.accelerator.log(metrics, step=self.update)
+                self.accelerator.log({**metrics, "samples_per_second": rate}, step=self.update)
             shown = {"J": f"{smooth:.2f}", "reward": f"{metrics['reward']:.2f}", "KL": f"{metrics['kl']:.2f}"}
             if self.log_partition is not None:
                 shown["gap~"] = f"{metrics['gap_estimate']:.2f}"
+            shown["samples/s"] = f"{rate:.3g}"
             bar.set_postfix(shown, refresh=False)
             bar.update()
             if config.checkpoint_every and self.update % config.checkpoint_every == 0:

@@ -28,6 +28,7 @@ ORDER = (
     "recording",
     "policy",
     "rollouts",
+    "paths",
     "calls",
     "controls",
     "particles",
@@ -45,6 +46,7 @@ ORDER = (
     "cards",
     "sharing",
     "pipelines",
+    "tracking",
     "trainer",
     "__init__",  # the package itself: may import all, so nothing in it may import it
 )

@@ -91,8 +91,9 @@ def test_adjoint_paired_with_its_own_step_would_be_wrong():
     original = objectives.lean_adjoint
 
     def shifted(*args):
-        adjoints, means, reward = original(*args)
-        return [adjoints[0], *adjoints[:-1]], means, reward
+        steps = list(original(*args))
+        own = [adjoint for *_, adjoint in steps[1:]] + [torch.zeros_like(steps[-1][-1])]
+        return [(*step[:-1], adjoint) for step, adjoint in zip(steps, own, strict=True)]
 
     objectives.lean_adjoint = shifted
     try:

@@ -8,7 +8,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,8 @@ def shard_paths(folder: str | os.PathLike, count: int) -> list[Path]:
     return [Path(folder) / f"train-{i:05d}-of-{count:05d}.parquet" for i in range(count)]
 
 
-def open_dataset(name: str, split: str = "train") -> datasets.Dataset:
-    """Opens a dataset by path or Hub id.
+def open_dataset(name: str, split: str = "train", *, streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:
+    """Opens a dataset by path or Hub id; as an `IterableDataset`, of which nothing is read yet, with `streaming`.
 
     Raises:
         ValueError: if there is nothing that `datasets` can read, or a dataset that was not written to its end.
@@ -66,16 +66,16 @@ def open_dataset(name: str, split: str = "train") -> datasets.Dataset:
         files = [str(shard) for shard in shards if pq.read_metadata(shard).num_rows]
         if not files:
             raise ValueError(f"Dataset {name!r} has no readable image.")
-        return datasets.load_dataset("parquet", data_files=files, split="train")
+        return datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming)
     try:
         if path.is_file() and path.suffix == ".parquet":
-            return datasets.load_dataset("parquet", data_files=str(path), split="train")
+            return datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=streaming)
         if path.is_dir():
             files = sorted(str(file) for file in path.rglob("*.parquet"))
             if files:
-                return datasets.load_dataset("parquet", data_files=files, split="train")
-            return datasets.load_dataset("imagefolder", data_dir=str(path), split=split)
-        return datasets.load_dataset(name, split=split)
+                return datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming)
+            return datasets.load_dataset("imagefolder", data_dir=str(path), split=split, streaming=streaming)
+        return datasets.load_dataset(name, split=split, streaming=streaming)
     except (FileNotFoundError, ConnectionError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"Dataset {name!r} could not be opened: it must be a folder with images and metadata.jsonl, a parquet file, or a Hub "
@@ -97,8 +97,9 @@ def read_picture(source: io.BytesIO | str | os.PathLike, where: str, size: int) 
         raise ValueError(f"The image in {where} cannot be read: {error}.") from error
 
 
-def _decode_cell(cell: dict | None, row: int, size: int) -> np.ndarray:
-    where = f"row {row}" + (f" ({cell['path']})" if isinstance(cell, dict) and cell.get("path") else "")
+def decode_cell(cell: dict | None, where: str, size: int) -> np.ndarray:
+    """The picture of an image column's cell, see `read_picture`. Raises ValueError naming `where` and the file."""
+    where += f" ({cell['path']})" if isinstance(cell, dict) and cell.get("path") else ""
     if cell is None:
         raise ValueError(f"The image in {where} cannot be read: the cell is empty.")
     return read_picture(io.BytesIO(cell["bytes"]) if cell.get("bytes") is not None else cell["path"], where, size)
@@ -108,36 +109,75 @@ def _is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
+def check_columns(dataset: str, present: Sequence[str], image_column: str, label_columns: Sequence[str]) -> None:
+    """Raises ValueError naming the first column that is not there, and the argument to give."""
+    for column, argument in ((image_column, "--image_column"), *((column, "--label_column") for column in label_columns)):
+        if column not in present:
+            raise ValueError(f"Dataset {dataset!r} has no column {column!r}; it has {list(present)}. Name it with {argument}.")
+
+
+@dataclass(frozen=True)
+class LabelReader:
+    """What the values of a label column mean.
+
+    feature: of the column, as `datasets` knows it. names: its classes in order, None where they are not known yet.
+    """
+
+    dataset: str
+    column: str
+    kind: str
+    feature: Any
+    names: tuple[str, ...] | None = None
+    allow_missing: bool = False
+
+    def __post_init__(self) -> None:
+        names = self.names
+        if self.kind == "categorical" and not names and self.is_class:
+            names = self.feature.names
+        object.__setattr__(self, "names", tuple(names) if names and self.kind == "categorical" else None)
+
+    @property
+    def is_class(self) -> bool:
+        return self.kind == "categorical" and isinstance(self.feature, datasets.ClassLabel)
+
+    def number(self, value: Any, where: str) -> float:
+        """The value as a class index or a number, NaN for no label. Raises ValueError naming `where`."""
+        if self.is_class and value is not None and 0 <= value < len(self.feature.names):
+            value = self.feature.names[value]
+        # -1 is how `datasets` writes "no label"
+        if self.allow_missing and (_is_missing(value) or (self.is_class and value == -1)):
+            return math.nan
+        wrong = f"{where.capitalize()} of dataset {self.dataset!r} has label {value!r}, which is not"
+        if self.kind == "categorical":
+            names = self.names or ()
+            if value is None or str(value) not in names:
+                raise ValueError(f"{wrong} one of {list(names)}, in column {self.column!r}.")
+            return float(names.index(str(value)))
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+            raise ValueError(f"{wrong} a finite number, in column {self.column!r}.")
+        return float(value)
+
+
 def _read_labels(
     table: datasets.Dataset, dataset: str, column: str, kind: str, label_names: Sequence[str] | None, allow_missing: bool
 ) -> tuple[list[float], tuple[str, ...]]:
     """A column's labels as numbers, NaN where there is none, and its classes. Raises ValueError naming the row."""
-    feature, values = table.features[column], table[column][:]
-    is_class = kind == "categorical" and isinstance(feature, datasets.ClassLabel)
-    names: tuple[str, ...] = ()
-    if is_class:
-        values = [feature.names[v] if v is not None and 0 <= v < len(feature.names) else v for v in values]
-        names = tuple(label_names or feature.names)
-    elif kind == "categorical":
-        names = tuple(label_names or (str(value) for value in sorted({value for value in values if not _is_missing(value)})))
-    labels = []
-    for row, value in enumerate(values):
-        # -1 is how `datasets` writes "no label"
-        if allow_missing and (_is_missing(value) or (is_class and value == -1)):
-            labels.append(math.nan)
-        elif kind == "categorical":
-            if value is None or str(value) not in names:
-                raise ValueError(
-                    f"Row {row} of dataset {dataset!r} has label {value!r}, which is not one of {list(names)}, in column {column!r}."
-                )
-            labels.append(float(names.index(str(value))))
-        else:
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-                raise ValueError(
-                    f"Row {row} of dataset {dataset!r} has label {value!r}, which is not a finite number, in column {column!r}."
-                )
-            labels.append(float(value))
-    return labels, names
+    values = table[column][:]
+    reader = LabelReader(dataset, column, kind, table.features[column], label_names, allow_missing)
+    if kind == "categorical" and reader.names is None:
+        found = sorted({value for value in values if not _is_missing(value)})
+        reader = replace(reader, names=tuple(str(value) for value in found))
+    labels = [reader.number(value, f"row {row}") for row, value in enumerate(values)]
+    return labels, reader.names or ()
+
+
+def prepared(pictures: Sequence[np.ndarray], transform: Callable[[torch.Tensor], torch.Tensor] | None) -> torch.Tensor:
+    """(S, S, 3) uint8 pictures as images (n, 3, S, S) in [0, 1], or what `transform` makes of up to 32 of them at a time."""
+    parts = []
+    for first in range(0, len(pictures), CHUNK):
+        part = torch.from_numpy(np.stack(pictures[first : first + CHUNK])).permute(0, 3, 1, 2).float().div_(255)
+        parts.append(part if transform is None else transform(part))
+    return torch.cat(parts)
 
 
 def load_labelled_images(
@@ -182,9 +222,7 @@ def load_labelled_images(
         raise ValueError(f"kind must be one of {list(KINDS)}, got {unknown[0]!r}.")
 
     table = open_dataset(name)
-    for column, argument in ((image_column, "--image_column"), *((column, "--label_column") for column in columns)):
-        if column not in table.column_names:
-            raise ValueError(f"Dataset {name!r} has no column {column!r}; it has {table.column_names}. Name it with {argument}.")
+    check_columns(name, table.column_names, image_column, columns)
     if max_rows is not None:
         table = table.select(range(min(max_rows, len(table))))
     read = [_read_labels(table, name, column, k, n, allow_missing) for column, k, n in zip(columns, kinds, name_lists, strict=True)]
@@ -194,15 +232,14 @@ def load_labelled_images(
     cells = table.cast_column(image_column, datasets.Image(decode=False))[image_column]
     for row, cell in enumerate(cells):
         try:
-            chunk.append(_decode_cell(cell, row, size))
+            chunk.append(decode_cell(cell, f"row {row}", size))
             kept.append(row)
         except ValueError as error:
             if not skip_unreadable:
                 raise ValueError(f"Dataset {name!r}: {error} Pass --skip_unreadable true to leave such images out.") from error
             skipped.append(str(error))
         if chunk and (len(chunk) == CHUNK or row == len(table) - 1):
-            part = torch.from_numpy(np.stack(chunk)).permute(0, 3, 1, 2).float().div_(255)
-            part = part if transform is None else transform(part)
+            part = prepared(chunk, transform)
             if images is None:
                 images = torch.empty((len(table), *part.shape[1:]), dtype=part.dtype)
             images[len(kept) - len(chunk) : len(kept)] = part

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
 
 from diffusers_ctrl import Continuous, CTRLConfig, LabelSpace, processes
-from diffusers_ctrl.classifiers import Classifier, fit_classifier, resized
+from diffusers_ctrl.classifiers import Classifier, MoreBatches, fit_classifier, resized
 from diffusers_ctrl.decoding import decoder, round_trip
 from diffusers_ctrl.labels import Attribute
 from diffusers_ctrl.rewards import attribute_rewards, classifier_reward
@@ -23,6 +24,7 @@ from digits_data import label_attribute, parse_part, write_digits_dataset
 from labelled_data import LabelledImages, load_labelled_images
 from provenance import data_record
 from sampled_data import write_sampled_dataset
+from streamed_data import LabelledStream, stream_labelled_images
 from task import AttributeTask, TaskConfig, import_function
 
 
@@ -82,24 +84,49 @@ def write_datasets(task: TaskConfig, config: CTRLConfig, pipe: DiffusionPipeline
 
 
 def labelled_images(
-    task: TaskConfig, pipe: DiffusionPipeline, folders: dict[str, str]
-) -> tuple[LabelSpace, torch.Tensor, torch.Tensor]:
+    task: TaskConfig, pipe: DiffusionPipeline, folders: dict[str, str], seed: int
+) -> tuple[LabelSpace, torch.Tensor, torch.Tensor, MoreBatches | None]:
     """What is to be learned of the attributes without a scorer: their label space, images (N, 3, H, W) in [0, 1] and labels (N, A).
+
+    With `streaming` these are the datasets' heads, and the fourth is where the rest comes from (see `fit_classifier`).
 
     A dataset is read once for all attributes that it labels, from where `write_datasets` says. An image has NaN for the attributes that
     its dataset says nothing of.
     """
     attributes = [attribute for attribute in task.attributes() if attribute.scorer is None]
-    parts, spaces = [], {}
+    parts, spaces, streams = [], {}, []
     for dataset, own in _by_dataset(task).items():
-        data = _load(task, pipe, folders[dataset], own)
+        data = _load(task, pipe, folders[dataset], own, seed)
+        columns = [attributes.index(attribute) for attribute in own]
+        if isinstance(data, LabelledStream):
+            streams.append((data, columns))
+            data = data.head
         rows = torch.full((len(data.images), len(attributes)), torch.nan)
+        rows[:, columns] = data.labels
         for column, attribute in enumerate(own):
-            rows[:, attributes.index(attribute)] = data.labels[:, column]
             spaces[attribute.name] = _meaning(attribute) or attribute.categorical(data.names[column])
         parts.append((data.images, rows))
     images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
-    return LabelSpace({attribute.name: spaces[attribute.name] for attribute in attributes}), images, labels
+    more = _interleaved(streams, len(attributes)) if streams else None
+    return LabelSpace({attribute.name: spaces[attribute.name] for attribute in attributes}), images, labels, more
+
+
+def _interleaved(streams: list[tuple[LabelledStream, list[int]]], width: int) -> MoreBatches:
+    """Batches of the streams in turn, as `fit_classifier` asks for them: labels (B, width), a stream's in its columns and NaN elsewhere."""
+
+    def more(held: torch.Tensor, batch_size: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        sources, first = [], 0
+        for stream, columns in streams:
+            own = held[(held >= first) & (held < first + len(stream.keys))] - first
+            sources.append((stream.batches(own.tolist(), batch_size, seed), columns))
+            first += len(stream.keys)
+        for batches, columns in cycle(sources):
+            images, labels = next(batches)
+            rows = torch.full((len(images), width), torch.nan)
+            rows[:, columns] = labels
+            yield images, rows
+
+    return more
 
 
 def _meaning(attribute: AttributeTask) -> Attribute | None:
@@ -111,25 +138,38 @@ def _meaning(attribute: AttributeTask) -> Attribute | None:
     return None if attribute.names is None else attribute.categorical(attribute.names)
 
 
-def _load(task: TaskConfig, pipe: DiffusionPipeline, dataset: str, attributes: list[AttributeTask]) -> LabelledImages:
+def _load(
+    task: TaskConfig, pipe: DiffusionPipeline, dataset: str, attributes: list[AttributeTask], seed: int
+) -> LabelledImages | LabelledStream:
     """One dataset with a column for each of `attributes`."""
     own = attributes[0].dataset == "base-samples"
-    return load_labelled_images(
-        dataset,
-        task.resolution or decoder(pipe).image_shape[-1],
-        image_column=task.image_column,
-        label_column=[attribute.name if own else attribute.label_column for attribute in attributes],
-        label_names=[attribute.names for attribute in attributes],
-        kind=["continuous" if isinstance(_meaning(attribute), Continuous) else "categorical" for attribute in attributes],
-        max_rows=task.num_labels,
-        skip_unreadable=task.skip_unreadable,
+    columns = [attribute.name if own else attribute.label_column for attribute in attributes]
+    size = task.resolution or decoder(pipe).image_shape[-1]
+    names = [attribute.names for attribute in attributes]
+    kinds = ["continuous" if isinstance(_meaning(attribute), Continuous) else "categorical" for attribute in attributes]
+    common = {
+        "image_column": task.image_column,
+        "max_rows": task.num_labels,
+        "skip_unreadable": task.skip_unreadable,
         # as the reward will see them, and no larger in memory than the classifier takes them
-        transform=lambda images: resized(round_trip(pipe, images), task.classifier_size),
-    )
+        "transform": lambda images: resized(round_trip(pipe, images), task.classifier_size),
+    }
+    if task.streaming:
+        return stream_labelled_images(
+            dataset, size, label_columns=columns, label_names=names, kinds=kinds, head=task.stream_head, seed=seed, **common
+        )
+    return load_labelled_images(dataset, size, label_column=columns, label_names=names, kind=kinds, **common)
 
 
 def fit_or_load_classifier(
-    task: TaskConfig, space: LabelSpace, images: torch.Tensor, labels: torch.Tensor, folder: Path, seed: int, resume: bool
+    task: TaskConfig,
+    space: LabelSpace,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    more: MoreBatches | None,
+    folder: Path,
+    seed: int,
+    resume: bool,
 ) -> tuple[Classifier, dict[str, Any], float]:
     """The calibrated classifier, its report, and the seconds it took; a resumed run reads the one it had."""
     report_path = folder / "calibration.json"
@@ -146,7 +186,19 @@ def fit_or_load_classifier(
         members=task.classifier_members,
         coordinates=task.classifier_coordinates,
     )
-    report = fit_classifier(classifier, images, labels, seed=seed, max_epochs=task.classifier_epochs)
+    if task.dry_run:  # as large and as slow as a fitted one
+        return classifier.eval().requires_grad_(False), {}, 0.0
+    batch = 64
+    report = fit_classifier(
+        classifier,
+        images,
+        labels,
+        seed=seed,
+        max_epochs=task.classifier_epochs,
+        batch_size=batch,
+        more=more,
+        epoch_batches=max(1, task.epoch_labels // batch),
+    )
     print(report.lines(), flush=True)
     classifier.save_pretrained(folder)
     seconds = time.time() - started
@@ -170,11 +222,12 @@ def make_likelihood(
         folders = write_datasets(task, config, pipe)
 
         def fitted() -> tuple[Classifier, dict[str, Any], float, int, dict[str, dict[str, Any]]]:
-            learned, images, labels = labelled_images(task, pipe, folders)
-            found = fit_or_load_classifier(task, learned, images, labels, folder, config.seed, bool(config.resume_from))
+            learned, images, labels, more = labelled_images(task, pipe, folders, config.seed)
+            found = fit_or_load_classifier(task, learned, images, labels, more, folder, config.seed, bool(config.resume_from))
             columns = {name: labels[:, column] for column, name in enumerate(learned.attributes)}
             own = [attribute for attribute in attributes if attribute.name in columns]
-            return *found, len(images), {a.name: data_record(a, learned.attributes[a.name], columns[a.name]) for a in own}
+            seen = len(images) if more is None else found[1].get("num_train", len(images))
+            return *found, seen, {a.name: data_record(a, learned.attributes[a.name], columns[a.name]) for a in own}
 
         classifier, report, seconds, num_labels, records = processes.on_main(fitted)
         classifier.to(device)

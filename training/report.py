@@ -1,41 +1,37 @@
-"""What a finished run leaves for people: the table on the screen, metrics.json, the sample grid, the confusion matrices."""
+"""What a finished run leaves for people: the table on the screen, metrics.json, the confusion matrices, and all of it on one page."""
 
 from __future__ import annotations
 
+import base64
 import json
 import os
-from collections.abc import Sequence
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from diffusers_ctrl import CTRLConfig
 from diffusers_ctrl.accuracy import confusion_matrix
 from diffusers_ctrl.evaluation import Samples, by_gamma, lower_bounds
 from diffusers_ctrl.labels import Categorical, LabelSpace
 from figures import plot_asked_and_found, plot_confusion
+from task import TaskConfig
 
 
 def print_table(metrics: dict[str, Any], names: Sequence[str]) -> None:
     """The figures that matter, for a person: tuned, base and exact law side by side, then by gamma, by attribute and by label."""
 
-    def cell(name: str, digits: int = 3) -> str:
-        if metrics.get(name) is None:
-            return "-"
-        error = metrics.get(f"{name}_se")
-        return f"{metrics[name]:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
-
     print(f"\n{'':24}{'tuned':>18}{'base':>18}{'exact law':>18}")
-    for name in ("accuracy", "macro_f1", "prompt_accuracy", "log_likelihood"):
-        print(f"{name:24}{cell(name):>18}{cell('base_' + name):>18}{cell('exact_' + name):>18}")
-    print(f"{'log_partition (nats)':24}{cell('log_partition'):>18}{cell('base_log_partition'):>18}")
-    for name in ("objective", "kl", "gap", "gap_from_base"):
-        print(f"{name + ' (nats)':24}{cell(name):>18}")
+    for title, *cells in _certificate_rows(metrics):
+        print(f"{title:24}" + "".join(f"{cell:>18}" for cell in cells))
     print(f"{'effective sample size':24}{metrics['ess']:>18.0f}   (smallest prompt-label pair: {metrics['smallest_ess']:.1f})")
-    if metrics["gap_is_lower_bound"]:
-        print("warning: the effective sample size of some pair is under 10, so gap is only a lower bound.")
-    if metrics.get("base_smallest_ess", 10) < 10:
-        print("warning: the base samples' effective size is under 10 for some pair: gap_from_base is too small as well.")
+    for line in _warnings(metrics):
+        print(f"warning: {line}")
     for line in _attribute_lines(metrics):
         print(line)
     for gamma, row in by_gamma(metrics).items():
@@ -51,6 +47,34 @@ def _line(row: dict[str, Any], names: Sequence[str]) -> str:
     """These figures of a row in one line; a gap that is only a lower bound as "gap >= 1.234"."""
     doubtful = lower_bounds(row)
     return "  ".join(f"{k} {'>= ' if k in doubtful else ''}{row[k]:.3f}" for k in names if row.get(k) is not None)
+
+
+def _cell(metrics: dict[str, Any], name: str) -> str:
+    """A figure with its standard error."""
+    if metrics.get(name) is None:
+        return "-"
+    error = metrics.get(f"{name}_se")
+    return f"{metrics[name]:.3f}" + (f" ± {error:.3f}" if error is not None else "")
+
+
+def _certificate_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
+    """(name, tuned, base, exact law), or (name, tuned) for what only the tuned model has."""
+    rows = [
+        (name, *(_cell(metrics, prefix + name) for prefix in ("", "base_", "exact_")))
+        for name in ("accuracy", "macro_f1", "prompt_accuracy", "log_likelihood")
+    ]
+    rows.append(("log_partition (nats)", _cell(metrics, "log_partition"), _cell(metrics, "base_log_partition")))
+    return rows + [(f"{name} (nats)", _cell(metrics, name)) for name in ("objective", "kl", "gap", "gap_from_base")]
+
+
+def _warnings(metrics: dict[str, Any]) -> list[str]:
+    """What must be read beside the figures."""
+    found = []
+    if metrics["gap_is_lower_bound"]:
+        found.append("the effective sample size of some pair is under 10, so gap is only a lower bound.")
+    if metrics.get("base_smallest_ess", 10) < 10:
+        found.append("the base samples' effective size is under 10 for some pair: gap_from_base is too small as well.")
+    return found
 
 
 def _attribute_lines(metrics: dict[str, Any]) -> list[str]:
@@ -88,3 +112,75 @@ def plot_agreement(folder: Path, space: LabelSpace, labels: torch.Tensor, tuned:
             plot_confusion(confusion_matrix(a.long(), f.long(), len(attribute.names)), attribute.names, path)
         else:
             plot_asked_and_found(a, f, name, attribute.unit, path)
+
+
+PICTURES = {  # file, without suffix: what it shows
+    "curves": "J against log Z, and its parts, during training",
+    "samples": "Samples: each column has the same noise and prompt",
+    "confusion": "What was asked for against what was measured",
+}
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body {{ font-family: sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+table {{ border-collapse: collapse; margin: 1rem 0 }} td, th {{ padding: .2rem .8rem; border-bottom: 1px solid #ddd; text-align: right }}
+td:first-child, th:first-child {{ text-align: left }} img {{ max-width: 100% }} pre {{ background: #f4f4f4; padding: .6rem; overflow-x: auto }}
+.warning {{ color: #a63603 }}
+</style></head><body>
+{body}
+</body></html>
+"""
+
+
+def _table(rows: Iterable[Sequence[Any]], header: Sequence[str] = ()) -> str:
+    def line(cells: Sequence[Any], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+
+    return "<table>" + (line(header, "th") if header else "") + "".join(line(row, "td") for row in rows) + "</table>"
+
+
+def write_report(
+    folder: Path,
+    metrics: dict[str, Any],
+    history: Sequence[dict[str, float]],
+    names: Sequence[str],
+    task: TaskConfig,
+    config: CTRLConfig,
+) -> Path:
+    """report.html: certificate, labels, pictures, settings and versions on one page that needs no other file. Whole or not at all.
+
+    The pictures are those that are in `folder`. Whatever comes from settings, labels or the command line is escaped.
+    """
+    figures = ("accuracy", "log_likelihood", "kl", "objective", "log_partition", "gap")
+    asked = " and ".join(task.attribute)
+    parts = [
+        f"<h1>{escape(asked)} on {escape(task.base)}</h1>",
+        f"<p>{len(history)} updates in {metrics['seconds_train']:.0f} s, seed {config.seed}. Log-likelihoods, KL, J and gap are in nats, summed "
+        "over dimensions; ± is one standard error.</p>",
+        "<h2>Certificate</h2>",
+        _table(_certificate_rows(metrics), ("", "tuned", "base", "exact law")),
+        f"<p>Effective sample size {metrics['ess']:.0f}, of the smallest prompt-label pair {metrics['smallest_ess']:.1f}.</p>",
+        *(f'<p class="warning">Warning: {escape(line)}</p>' for line in _warnings(metrics)),
+        "<h2>By label</h2>",
+        _table([(name, *(_cell(metrics, f"by_label.{name}.{key}") for key in figures)) for name in names], ("label", *figures)),
+    ]
+    if rows := by_gamma(metrics):
+        shown = ("accuracy", "exact_accuracy", "kl", "gap", "gap_from_base")
+        cells = [(f"{gamma:g}", *(_cell(row, key) for key in shown)) for gamma, row in rows.items()]
+        parts += ["<h2>By gamma</h2>", _table(cells, ("gamma", *shown))]
+    for stem, title in PICTURES.items():
+        for picture in sorted(folder.glob(f"{stem}*.png")):
+            data = base64.b64encode(picture.read_bytes()).decode()
+            parts.append(f'<h2>{escape(title)}</h2><img alt="{escape(picture.stem)}" src="data:image/png;base64,{data}">')
+    settings = {**asdict(task), **asdict(config)}
+    parts += [
+        "<h2>Command</h2>",
+        f"<pre>{escape(shlex.join(sys.argv))}</pre>",
+        "<h2>Settings</h2>",
+        _table(sorted(settings.items())),
+        "<h2>Versions</h2>",
+        _table(sorted(metrics["versions"].items())),
+    ]
+    page = PAGE.format(title=escape(f"{asked} on {task.base}"), body="\n".join(parts))
+    (folder / "report.html.tmp").write_text(page, encoding="utf-8")
+    os.replace(folder / "report.html.tmp", folder / "report.html")
+    return folder / "report.html"

@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -36,6 +36,12 @@ PER_ATTRIBUTE = (
     "label_units",
 )
 NONE = "-"  # in a list with one entry an attribute: nothing for this one
+
+
+LOW_VRAM = (
+    "checkpointing and the denoiser's own gradient checkpointing, micro-batches of 1 (the same batch by more accumulation), "
+    "reward_batch_size 1, sample_batch_size 8, merge_lora off, and on a GPU with bfloat16 dtype bfloat16 and mixed_precision bf16"
+)
 
 
 @dataclass(frozen=True)
@@ -116,12 +122,28 @@ class TaskConfig:
     eval_samples: int = _option(300, "Samples per label in the final evaluation.")
     base_samples: int = _option(1500, "Base samples for log Z and for the exact law's own accuracy.")
     dtype: str = _option("float32", "Precision of the frozen base: float32, bfloat16 or float16.")
+    sample_batch_size: int = _option(100, "Trajectories at a time for base samples and evaluation.")
+    streaming: bool = _option(
+        False,
+        "Read the datasets row by row while the classifier learns, instead of holding all images in memory. Needs label_names.",
+    )
+    stream_head: int = _option(
+        2000, "streaming: rows of each dataset kept in memory; for these the members are cross-fitted, calibrated and stopped."
+    )
+    epoch_labels: int = _option(10_000, "streaming: labels between two looks at the held-out ones, called an epoch.")
+    low_vram: bool = _option(False, f"For small GPUs. Sets: {LOW_VRAM}.")
+    dry_run: bool = _option(
+        False, "Build everything, print parameters, memory and time of an update, and stop. Nothing is written to output_dir."
+    )
     push_to_hub: bool = _option(False, "Upload the adapter when done.")
     hub_model_id: str | None = _option(None, "Hub repository of the adapter.")
 
     def __post_init__(self) -> None:
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("--push_to_hub needs --hub_model_id USER/NAME.")
+        for name in ("sample_batch_size", "stream_head", "epoch_labels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {self.dtype!r}.")
         if self.scheduler is not None:
@@ -225,7 +247,22 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[TaskConfig, CTR
         if error.code == 0:  # --help
             raise
         raise ValueError(f"The arguments, or the values in {config}, are not of the right kind; see above.") from error
-    return task, train
+    return save_memory(task, train) if task.low_vram else (task, train)
+
+
+def save_memory(task: TaskConfig, train: CTRLConfig) -> tuple[TaskConfig, CTRLConfig]:
+    """The settings of `low_vram` in place of those given. The batch of an update stays as it is, and the precision on a CPU."""
+    half = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    settings = replace(
+        train,
+        batch_size=1,
+        gradient_accumulation_steps=train.batch_size * train.gradient_accumulation_steps,
+        checkpointing=True,
+        reward_batch_size=1,
+        merge_lora=False,
+        mixed_precision="bf16" if half else train.mixed_precision,
+    )
+    return replace(task, sample_batch_size=min(8, task.sample_batch_size), dtype="bfloat16" if half else task.dtype), settings
 
 
 def import_function(path: str | None) -> Callable[..., Any] | None:

@@ -23,9 +23,9 @@ from task import load_base, parse_arguments  # noqa: E402
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     task, config = parse_arguments(arguments)
     pipe: DiffusionPipeline = load_base(task)
-    space, images, labels = labelled_images(task, pipe, write_datasets(task, config, pipe))
+    data = labelled_images(task, pipe, write_datasets(task, config, pipe), config.seed)
     folder = Path(config.output_dir) / "classifier"
-    _, report, seconds = fit_or_load_classifier(task, space, images, labels, folder, config.seed, resume=False)
+    _, report, seconds = fit_or_load_classifier(task, *data, folder, config.seed, resume=False)
     print(f"{seconds:.0f} s. Written to {folder}/. Next: accelerate launch training/train_ctrl.py with the same options.")
     return report
 

@@ -20,7 +20,7 @@ from accelerate.utils import set_seed
 
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from diffusers_ctrl import CTRLTrainer, Policy, processes  # noqa: E402
+from diffusers_ctrl import CTRLConfig, CTRLTrainer, Policy, processes  # noqa: E402
 from diffusers_ctrl.adapters import (  # noqa: E402
     AdapterConfig,
     collect_adapter,
@@ -35,21 +35,31 @@ from diffusers_ctrl.evaluation import base_scores, draw_samples, evaluate, evalu
 from diffusers_ctrl.labels import label_grid  # noqa: E402
 from diffusers_ctrl.recording import record_conditions  # noqa: E402
 from diffusers_ctrl.sharing import check_shareable, push_adapter  # noqa: E402
+from diffusers_ctrl.tracking import log_picture, number_log_lines, tracker_names  # noqa: E402
+from dry_run import dry_settings, print_dry_run  # noqa: E402
 from figures import plot_curves, plot_samples, sample_rows  # noqa: E402
 from likelihood import make_likelihood  # noqa: E402
 from provenance import training_record  # noqa: E402
-from report import plot_agreement, print_table, write_metrics  # noqa: E402
-from task import attribute_oracle, load_base, parse_arguments, prompt_judge  # noqa: E402
+from report import plot_agreement, print_table, write_metrics, write_report  # noqa: E402
+from task import TaskConfig, attribute_oracle, load_base, parse_arguments, prompt_judge  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    started = time.time()
     task, config = parse_arguments(arguments)
+    if not task.dry_run:
+        return run(task, config)
+    with dry_settings(task, config) as settings:
+        return run(*settings)
+
+
+def run(task: TaskConfig, config: CTRLConfig) -> dict[str, Any]:
+    started = time.time()
     set_seed(config.seed)
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    trackers = None if config.report_to == "none" else config.report_to
+    trackers = tracker_names(config.report_to)
     accelerator = processes.make_accelerator(mixed_precision=config.mixed_precision, log_with=trackers, project_dir=str(output))
+    number_log_lines(accelerator)
     if accelerator.device.type == "cpu":
         # accelerate launch gives each process one thread; on CPU there is nothing else to use the other cores
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -84,13 +94,17 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         guidance_scale=config.guidance_scale,
         checkpointing=config.checkpointing,
     )
+    if task.low_vram and getattr(denoiser, "_supports_gradient_checkpointing", False):
+        denoiser.enable_gradient_checkpointing()
 
     def save_images(update: int, policy: Policy) -> None:
         rows = sample_rows(policy, trainer.environment, distributed=True)
         if rows is None:
             return
         (output / "grids").mkdir(exist_ok=True)
-        plot_samples(rows, ["base", *names], output / "grids" / f"update-{update:06d}.png", f"update {update}")
+        path = output / "grids" / f"update-{update:06d}.png"
+        plot_samples(rows, ["base", *names], path, f"update {update}")
+        log_picture(accelerator, "samples", path, update)
 
     trainer = CTRLTrainer(
         policy,
@@ -104,9 +118,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         accelerator=accelerator,
     )
     environment = trainer.environment
+    if task.dry_run:
+        return print_dry_run(trainer, task)
     generator = torch.Generator(accelerator.device).manual_seed(config.seed + 1_000_003)
-    per_label = max(1, task.base_samples // len(names))
-    base = draw_samples(policy, environment, per_label, generator, tuned=False, description="base samples", distributed=True)
+    per_label, sizes = max(1, task.base_samples // len(names)), {"batch_size": task.sample_batch_size, "distributed": True}
+    base = draw_samples(policy, environment, per_label, generator, tuned=False, description="base samples", **sizes)
     gammas = [config.gamma] if config.gamma_range is None else gamma_grid(tuple(config.gamma_range))
 
     def log_partition() -> float:
@@ -137,16 +153,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             task.eval_samples,
             torch.Generator(accelerator.device).manual_seed(config.seed + 2_000_003),
             description="evaluation",
-            distributed=True,
+            **sizes,
         )
         judges = {"oracle": oracle, "prompt_oracle": prompt_judge(task.prompt_oracle, task.prompts)}
         tuned, base = (judge(samples, environment, **judges) for samples in (tuned, base))
         metrics |= evaluate(tuned, base, environment, names) if main else {}
         if config.gamma_range is not None:
             generator = torch.Generator(accelerator.device).manual_seed(config.seed + 3_000_003)
-            metrics |= evaluate_gammas(
-                policy, environment, base, gammas, task.eval_samples, generator, names, distributed=True, **judges
-            )
+            metrics |= evaluate_gammas(policy, environment, base, gammas, task.eval_samples, generator, names, **sizes, **judges)
         if config.guidance_scale > 1 and main:
             scales, few = label_scales(config.guidance_scale), max(1, task.eval_samples // 5)
             metrics |= measure_baked(policy, environment, few, config.seed + 4_000_003, scales)
@@ -184,8 +198,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if oracle is not None:
         plot_agreement(output, likelihood.space, environment.labels, tuned)
     save_card(output, adapter_config)
+    write_report(output, metrics, history, names, task, config)
     print_table(metrics, names)
-    print(f"\n{metrics['seconds_total']:.0f} s in all. Written to {output}/: the adapter, metrics.json, samples.png, curves.png.")
+    print(
+        f"\n{metrics['seconds_total']:.0f} s in all. Written to {output}/: the adapter, metrics.json, samples.png, curves.png, report.html."
+    )
     if task.push_to_hub:
         print("Pushed:", push_adapter(output, task.hub_model_id))
     prompt = f"{task.prompts[-1]!r}, " if task.prompts[-1] else ""

@@ -49,9 +49,7 @@ def _label_everywhere(policy: Policy, embedding: torch.Tensor) -> Iterator[None]
 
 
 @torch.no_grad()
-def measure_baked(
-    policy: Policy, environment: Environment, per_label: int, seed: int, scales: Sequence[float]
-) -> dict[str, float]:
+def measure_baked(policy: Policy, environment: Environment, per_label: int, seed: int, scales: Sequence[float]) -> dict[str, float]:
     """Samples of each label, labelled and baked, on the same noise: how far apart the images are and how well they fit the label.
 
     Both leave the steps without noise to the base, so what is measured is what guidance does.

@@ -29,7 +29,9 @@ UNKNOWN_ID = "path/or/hub-id/of/this/adapter"  # in a card that was not pushed
 def _escaped(text: str) -> str:
     """The text on one line, without what Markdown, HTML or a table would take for its own."""
     text = html.escape(" ".join(str(text).split()), quote=False)
-    return re.sub(r"[\\`*{}\[\]()#|!]|(?<![^\W_])_|_(?![^\W_])", lambda found: f"&#{ord(found.group())};", text)  # an_inner _ is text
+    return re.sub(
+        r"[\\`*{}\[\]()#|!]|(?<![^\W_])_|_(?![^\W_])", lambda found: f"&#{ord(found.group())};", text
+    )  # an_inner _ is text
 
 
 def _code(name: str) -> str:
@@ -148,7 +150,8 @@ def _baked_lines(config: AdapterConfig) -> str:
     if not rows:
         return f"{head}; by how much was not measured for this adapter."
     table = "".join(
-        f"\n| baked, label_scale {factor:g} | {_number(row, 'rms')} | {_number(row, 'log_likelihood')} |" for factor, row in rows.items()
+        f"\n| baked, label_scale {factor:g} | {_number(row, 'rms')} | {_number(row, 'log_likelihood')} |"
+        for factor, row in rows.items()
     )
     return (
         f"{head}. On the same noise, {_number(metrics, 'baked_samples', 0)} samples each:\n\n"
@@ -225,15 +228,14 @@ def card_text(config: AdapterConfig, pictures: Sequence[str] = ()) -> str:
         at_gamma = (
             f"\nThe same at other gamma, `pipe(..., gamma=…)` from {config.gamma_range[0]:g} to {config.gamma_range[1]:g}:\n\n"
             "| gamma | accuracy | exact law's | KL | gap | gap to log Z from base samples | effective sample size |\n"
-            "| --- | --- | --- | --- | --- | --- | --- |"
-            + at_gamma
-            + "\n"
+            "| --- | --- | --- | --- | --- | --- | --- |" + at_gamma + "\n"
         )
     doubt = " The effective sample size is low: the gap is only a lower bound." if metrics.get("gap_is_lower_bound") else ""
     attributes = ", ".join(map(_escaped, space.attributes))
     settings = settings_text(config)
     run = f"accelerate launch training/train_ctrl.py --config settings.yaml --seed {_number(metrics, 'seed', 0)}"
-    how = f"""With `settings.yaml` as below (what it leaves out has its default), in a clone of diffusers_ctrl:
+    how = (
+        f"""With `settings.yaml` as below (what it leaves out has its default), in a clone of diffusers_ctrl:
 
 ```bash
 {run}
@@ -241,7 +243,10 @@ def card_text(config: AdapterConfig, pictures: Sequence[str] = ()) -> str:
 
 ```yaml
 {settings}```
-""" if settings else "Its settings were not recorded."
+"""
+        if settings
+        else "Its settings were not recorded."
+    )
     compute = _told(training.get("compute", {})) or "not recorded"
     return f"""# {title} for {_escaped(config.base["id"])}
 

@@ -380,7 +380,9 @@ def by_gamma(metrics: dict[str, Any]) -> dict[float, dict[str, float]]:
     """The rows of `evaluate_gammas` in a flat dict of metrics: {gamma: {NAME: value}}, in order of gamma."""
     rows: dict[float, dict[str, float]] = {}
     for key, value in metrics.items():
-        if found := re.fullmatch(r"by_gamma\.(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\.([a-z_].*)", key):  # both may have dots; a name starts with a letter
+        if found := re.fullmatch(
+            r"by_gamma\.(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\.([a-z_].*)", key
+        ):  # both may have dots; a name starts with a letter
             gamma, name = found.groups()
             rows.setdefault(float(gamma), {})[name] = value
     return dict(sorted(rows.items()))

@@ -200,7 +200,9 @@ def _unit_row(own: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, dic
     return row, errors
 
 
-def write_lora(file: str | os.PathLike, lora: dict[str, torch.Tensor], denoiser: str, naming: str | None = None, **notes: Any) -> Path:
+def write_lora(
+    file: str | os.PathLike, lora: dict[str, torch.Tensor], denoiser: str, naming: str | None = None, **notes: Any
+) -> Path:
     """Writes a LoRA as one safetensors file.
 
     Args:

@@ -47,7 +47,9 @@ def push_adapter(
     if base is not None:
         config = replace(own, base={**own.base, "id": base, "revision": base_revision})
     elif base_revision is not None:
-        raise ValueError(f"base_revision {base_revision!r} was given without base: pass the Hub id that it is a revision of as base=.")
+        raise ValueError(
+            f"base_revision {base_revision!r} was given without base: pass the Hub id that it is a revision of as base=."
+        )
     check_shareable(config.base["id"])
     names = [*ADAPTER_FILES, *CARD_FILES, *(path.name for path in sorted(folder.glob("*.png")))]
     files: dict[str, Path | bytes] = {name: member(folder, name) for name in names if (folder / name).exists()}

@@ -48,7 +48,15 @@ def test_the_metadata(config, tmp_path):
     assert "base_model" not in yaml.safe_load(save_card(tmp_path, local).read_text().split("---")[1])
 
 
-HOSTILE = ["a|b", "`code`", "x\n# Heading", "<script>alert(1)</script>", "[z](http://e.example)", "![p](http://e)", "x\n```\n# Heading"]
+HOSTILE = [
+    "a|b",
+    "`code`",
+    "x\n# Heading",
+    "<script>alert(1)</script>",
+    "[z](http://e.example)",
+    "![p](http://e)",
+    "x\n```\n# Heading",
+]
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -134,7 +142,9 @@ def test_the_cards_settings_are_the_runs(tmp_path, config):
 
 
 def test_the_shipped_adapter_tells_of_its_own_recipe(config):
-    task, train = parse_arguments(["--config", str(render_cards.CARDS.parent / "training" / "configs" / "digits_stroke_gamma.yaml")])
+    task, train = parse_arguments(
+        ["--config", str(render_cards.CARDS.parent / "training" / "configs" / "digits_stroke_gamma.yaml")]
+    )
     assert config.training["settings"] == settings_record(task, train)
     (data,) = config.training["data"]
     assert data["images"] == config.metrics["num_labels"] == sum(data["labels"].values())

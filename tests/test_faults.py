@@ -224,7 +224,15 @@ def test_a_cache_that_cannot_be_written(client, pushed, images, tmp_path):
 
 def killed(hub, client, code, **names):
     """Runs the code in a process of its own, forked from the client's, and ends it by SIGKILL when the server stands still."""
-    lines = ["import os", "pid = os.fork()", "if pid == 0:", "    try:", f"        exec({code!r})", "    finally:", "        os._exit(0)"]
+    lines = [
+        "import os",
+        "pid = os.fork()",
+        "if pid == 0:",
+        "    try:",
+        f"        exec({code!r})",
+        "    finally:",
+        "        os._exit(0)",
+    ]
     pid = client.ok("\n".join([*lines, "result = pid"]), **names)
     found = hub.stalled.wait(60)
     os.kill(pid, signal.SIGKILL)
@@ -233,7 +241,11 @@ def killed(hub, client, code, **names):
     hub.release()
 
 
-UPLOAD_KILLS = {"in a large file": ("PUT /lfs", "stall"), "in the commit": ("/commit/", "stall"), "after the commit": ("/commit/", "held")}
+UPLOAD_KILLS = {
+    "in a large file": ("PUT /lfs", "stall"),
+    "in the commit": ("/commit/", "stall"),
+    "after the commit": ("/commit/", "held"),
+}
 
 
 @pytest.mark.parametrize("moment", UPLOAD_KILLS)

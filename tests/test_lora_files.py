@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_families import draw, fresh, make_adapter
 
-from diffusers_ctrl import CTRLPipeline
+from diffusers_ctrl import CTRLPipeline, assets
 from diffusers_ctrl.export import NAMINGS, bake_label, export_lora, label_lora, write_lora
 
 
@@ -41,7 +41,9 @@ def namings(adapter):
 def test_the_lora_alone(family, adapter, tmp_path):
     """In every naming the same images bit for bit; they are the adapter's for no label in particular."""
     images = [
-        draw(with_lora(family, write_lora(tmp_path / f"{naming}.safetensors", adapter.lora, adapter.config.denoiser, naming)), family)
+        draw(
+            with_lora(family, write_lora(tmp_path / f"{naming}.safetensors", adapter.lora, adapter.config.denoiser, naming)), family
+        )
         for naming in namings(adapter)
     ]
     assert all(torch.equal(image, images[0]) for image in images)
@@ -60,7 +62,9 @@ def test_a_label_in_a_lora_file(family, adapter, tmp_path):
         merged = fresh(family.name).pipe
         bake_label(merged, adapter, label)
         drawn[label] = expected = draw(merged, family)
-        size = {name: family.call[name] for name in ("height", "width") if name in family.call}  # on which SD3's and Flux's times depend
+        size = {
+            name: family.call[name] for name in ("height", "width") if name in family.call
+        }  # on which SD3's and Flux's times depend
         lora, errors = label_lora(plain, adapter, label, call=size)
         assert errors["own_timesteps"] < 1e-5
         assert len(lora) == len(adapter.lora) + 2
@@ -102,11 +106,13 @@ def test_from_a_pipeline_and_from_a_folder(sd_adapter, sd_folder, tmp_path):
     """The same file either way; with the label's own sampler it draws what `pipe(label=…)` draws. Names and notes are in the file."""
     pipe = CTRLPipeline.from_pretrained(sd_adapter)
     # every step has noise, so none is left to the base
-    noisy = {**pipe.ctrl_adapters["default"].config.sampler["scheduler_config"], "set_alpha_to_one": False, "timestep_spacing": "leading"}
+    noisy = {
+        **pipe.ctrl_adapters["default"].config.sampler["scheduler_config"],
+        "set_alpha_to_one": False,
+        "timestep_spacing": "leading",
+    }
     config = pipe.ctrl_adapters["default"].config
-    adapter = replace(
-        pipe._collect(None), config=replace(config, sampler={**config.sampler, "scheduler_config": noisy})
-    )
+    adapter = replace(pipe._collect(None), config=replace(config, sampler={**config.sampler, "scheduler_config": noisy}))
     pipe.unload_ctrl_adapter()
     pipe.load_ctrl_adapter(adapter)
     expected = tiny(pipe, label="bold")
@@ -122,6 +128,27 @@ def test_from_a_pipeline_and_from_a_folder(sd_adapter, sd_folder, tmp_path):
         theirs = load_file(export_lora(sd_adapter, tmp_path / "b.safetensors", label))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert not list(tmp_path.rglob(".*"))
+
+
+def test_other_samplers_than_the_labels_own(tmp_path):
+    """The shipped adapter, of 16 steps, in 10 and 20: a LoRA file against the merged pipeline."""
+    pipe = CTRLPipeline.from_pretrained("digits-stroke")
+    file = pipe.export_lora(tmp_path / "bold.safetensors", "bold")
+    with safe_open(file, framework="pt") as opened:
+        assert float(opened.metadata()["own_timesteps"]) < 1e-6 and 1e-3 < float(opened.metadata()["other_timesteps"]) < 0.03
+    merged = StableDiffusionPipeline.from_pretrained(pipe.export_label("bold", tmp_path / "bold"))
+    plain = StableDiffusionPipeline.from_pretrained(assets.find("digits-base"))
+    base = plain_latents(plain, 20)
+    plain.load_lora_weights(file)
+    for steps in (10, 20):
+        assert (plain_latents(plain, steps) - plain_latents(merged, steps)).square().mean().sqrt() < 1e-3
+    assert (plain_latents(plain, 20) - base).square().mean().sqrt() > 0.1
+
+
+def plain_latents(pipe, steps):
+    pipe.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": steps, "eta": 1.0, "guidance_scale": 1.0, "output_type": "latent"}
+    return pipe(["a handwritten seven", "a handwritten two"], generator=torch.Generator().manual_seed(0), **call).images
 
 
 def test_refusals(sd_adapter, tmp_path):
@@ -153,7 +180,10 @@ def test_a_lora_that_is_already_on_that_layer(sd_adapter, sd_folder, tmp_path):
     adapter = CTRLPipeline.from_pretrained(sd_adapter)._collect(None)
     plain = StableDiffusionPipeline.from_pretrained(sd_folder)
     generator, name = torch.Generator().manual_seed(0), "time_embedding.linear_2"
-    pair = {f"{name}.lora_A.weight": torch.randn(2, 32, generator=generator), f"{name}.lora_B.weight": torch.randn(32, 2, generator=generator)}
+    pair = {
+        f"{name}.lora_A.weight": torch.randn(2, 32, generator=generator),
+        f"{name}.lora_B.weight": torch.randn(32, 2, generator=generator),
+    }
     both = replace(adapter, lora={**adapter.lora, **pair})
     merged = StableDiffusionPipeline.from_pretrained(sd_folder)
     bake_label(merged, both, "bold")
@@ -165,7 +195,14 @@ def test_a_lora_that_is_already_on_that_layer(sd_adapter, sd_folder, tmp_path):
         for pipe in (merged, loaded):
             pipe.set_progress_bar_config(disable=True)
         images = [
-            pipe("seven", num_inference_steps=4, eta=1.0, guidance_scale=1.0, generator=torch.Generator().manual_seed(1), output_type="pt").images
+            pipe(
+                "seven",
+                num_inference_steps=4,
+                eta=1.0,
+                guidance_scale=1.0,
+                generator=torch.Generator().manual_seed(1),
+                output_type="pt",
+            ).images
             for pipe in (merged, loaded)
         ]
         assert (images[0] - images[1]).abs().max() < 2e-5, naming

@@ -39,7 +39,13 @@ def trained_and_pushed(hub, tmp_path_factory):
     work = tmp_path_factory.mktemp("trainer")
     at = next(sha for sha, commit in hub.repos[BASE].commits.items() if "model_index.json" in commit.files)
     sizes = {"eval_samples": 60, "base_samples": 180, "num_labels": 200, "classifier_epochs": 20}
-    sizes |= {"max_updates": 12, "batch_size": 12, "learning_rate": 0.01, "label_learning_rate": 0.1, "sample_every": 0}  # so that it learns something
+    sizes |= {
+        "max_updates": 12,
+        "batch_size": 12,
+        "learning_rate": 0.01,
+        "label_learning_rate": 0.1,
+        "sample_every": 0,
+    }  # so that it learns something
     values = settings(BASE, work / "run", base_revision=at, **sizes)
     (work / "smoke.yaml").write_text(yaml.safe_dump(values))
     push = ("--config", work / "smoke.yaml", "--push_to_hub", "--hub_model_id", REPO)
@@ -50,7 +56,15 @@ def trained_and_pushed(hub, tmp_path_factory):
 
 def test_the_trainer_pushes_its_adapter_and_no_token(hub, trained_and_pushed):
     files = hub.files(REPO)
-    assert set(files) == {*ADAPTER_FILES, "README.md", "metrics.json", "samples.png", "curves.png", "confusion.png", ".gitattributes"}
+    assert set(files) == {
+        *ADAPTER_FILES,
+        "README.md",
+        "metrics.json",
+        "samples.png",
+        "curves.png",
+        "confusion.png",
+        ".gitattributes",
+    }
     assert files["pytorch_lora_weights.safetensors"] == (trained_and_pushed / "pytorch_lora_weights.safetensors").read_bytes()
     everywhere = [path for path in trained_and_pushed.parent.rglob("*") if path.is_file()]
     assert len(everywhere) > 20 and not [path for path in everywhere if TOKEN.encode() in path.read_bytes()]
@@ -84,7 +98,9 @@ def test_the_shipped_cards_figures_are_found_again(hub, tmp_path):
     theirs, ours = load_adapter(shipped).config.metrics, json.loads((tmp_path / "again" / "metrics.json").read_text())
     compare(theirs, ours, (shipped / "README.md").read_text())
     rows = [key for key in theirs if re.fullmatch(r"by_gamma\..*\.(accuracy|kl|gap)", key)]
-    assert len(rows) == 12 and all(abs(ours[k] - theirs[k]) <= 4 * (ours[f"{k}_se"] ** 2 + theirs[f"{k}_se"] ** 2) ** 0.5 for k in rows)
+    assert len(rows) == 12 and all(
+        abs(ours[k] - theirs[k]) <= 4 * (ours[f"{k}_se"] ** 2 + theirs[f"{k}_se"] ** 2) ** 0.5 for k in rows
+    )
 
 
 def compare(theirs, ours, card):
@@ -92,7 +108,9 @@ def compare(theirs, ours, card):
     different = 0
     for name in NAMES:
         error = (ours[f"{name}_se"] ** 2 + theirs[f"{name}_se"] ** 2) ** 0.5
-        print(f"{name}: {theirs[name]:.4f} and {ours[name]:.4f}, {abs(ours[name] - theirs[name]) / max(error, 1e-12):.1f} standard errors")
+        print(
+            f"{name}: {theirs[name]:.4f} and {ours[name]:.4f}, {abs(ours[name] - theirs[name]) / max(error, 1e-12):.1f} standard errors"
+        )
         assert abs(ours[name] - theirs[name]) <= 4 * error + 1e-9, name
         assert f" {theirs[name]:.3f} ± {theirs[f'{name}_se']:.3f} " in card, name
         different += ours[name] != theirs[name]

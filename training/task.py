@@ -25,7 +25,16 @@ from diffusers_ctrl.transitions import scheduler_class  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "digits_stroke.yaml"
-PER_ATTRIBUTE = ("dataset", "dataset_description", "label_column", "labeller", "scorer", "oracle", "label_thresholds", "label_units")
+PER_ATTRIBUTE = (
+    "dataset",
+    "dataset_description",
+    "label_column",
+    "labeller",
+    "scorer",
+    "oracle",
+    "label_thresholds",
+    "label_units",
+)
 NONE = "-"  # in a list with one entry an attribute: nothing for this one
 
 

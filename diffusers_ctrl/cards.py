@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .adapters import AdapterConfig
 from .baked import by_label_scale
-from .evaluation import by_gamma
+from .evaluation import by_gamma, lower_bounds
 from .hub import is_repo_id
 from .labels import Categorical, Continuous, LabelSpace
 from .untrusted import is_number
@@ -220,7 +220,10 @@ def card_text(config: AdapterConfig, pictures: Sequence[str] = ()) -> str:
     )
     at_gamma = "".join(
         f"\n| {gamma:g} | "
-        + " | ".join(_number(row, name) for name in ("accuracy", "exact_accuracy", "kl", "gap", "gap_from_base"))
+        + " | ".join(
+            ("≥ " if name in lower_bounds(row) else "") + _number(row, name)
+            for name in ("accuracy", "exact_accuracy", "kl", "gap", "gap_from_base")
+        )
         + f" | {_number(row, 'ess', 0)} |"
         for gamma, row in by_gamma(metrics).items()
     )

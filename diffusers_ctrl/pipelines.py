@@ -348,7 +348,8 @@ class CTRLPipeline(DiffusionPipeline):
         """The base's call, plus:
 
         Args:
-            label: a name, an index, a dict {attribute: value}, a list of these (one a prompt), or None for the base, bit for bit.
+            label: a name, an index, a dict {attribute: value}, a list of these (one a prompt), or None for the base, bit for bit;
+                None in a list is the base for that prompt.
             gamma: exponent of p̂(y | x); only for adapters trained with a range of gamma.
             strength: 0 = base, 1 = tuned (the default), in between or beyond by interpolation of the two outputs (two forwards then).
             label_strength: the same under a name that no base has. Image-to-image pipelines have a `strength` of their own (how much

@@ -15,10 +15,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "training")]
-from evaluate import adapter_environment  # noqa: E402
-
 from diffusers_ctrl.adapters import load_adapter, resolve_folder  # noqa: E402
 from diffusers_ctrl.baked import by_label_scale, label_scales, measure_baked  # noqa: E402
+from evaluate import adapter_environment  # noqa: E402
 from records import RESULTS, provenance, write_json  # noqa: E402
 from task import parse_arguments  # noqa: E402
 

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from evaluate import adapter_environment
 
 from diffusers_ctrl.adapters import read_config, save_config
 from diffusers_ctrl.baked import _label_everywhere, by_label_scale, label_scales, measure_baked
 from diffusers_ctrl.cards import card_text
 from diffusers_ctrl.export import bake_label
+from evaluate import adapter_environment
 from task import TaskConfig
 
 

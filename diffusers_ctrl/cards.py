@@ -356,7 +356,7 @@ def shared_card(text: str, own: AdapterConfig, shared: AdapterConfig, repo_id: s
     inside = f'", subfolder="{subfolder}' if subfolder else ""
     text = text.replace(f'"{UNKNOWN_ID}"', f'"{repo_id}{inside}"').replace(UNKNOWN_ID, repo_id)
     old, new = own.base["id"], shared.base["id"]
-    if old == new:
+    if own.base == shared.base:
         return text
     try:
         card = ModelCard(text, ignore_metadata_errors=True)

@@ -247,7 +247,10 @@ def _write(folder: Path, adapter: Adapter, dtype: torch.dtype | None) -> None:
     save_file(stored({f"{prefix}.{k}": v for k, v in adapter.lora.items()}), folder / LORA_NAME, metadata={"format": "pt"})
     for name, model in (("label_encoder", adapter.label_encoder), ("classifier", adapter.classifier)):
         if model is not None:
-            model.save_config(folder / name)
+            config = json.loads(model.to_json_string())
+            config.pop("_name_or_path", None)  # where it was read from: a folder of this machine, and nobody's business
+            (folder / name).mkdir()
+            (folder / name / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
             save_file(stored(model.state_dict()), folder / name / WEIGHTS_NAME, metadata={"format": "pt"})
     save_config(folder, adapter.config)
 

@@ -140,9 +140,10 @@ def _baked_lines(config: AdapterConfig) -> str:
         "`pipe.export_label(label, folder)` writes one label as an ordinary pipeline, `pipe.export_lora(label, file)` as an ordinary LoRA\n"
         "file; neither needs this package. A step without noise, which this adapter leaves to the base, is then taken with the tuned model."
     )
-    if scale <= 1:
-        return head + "\nElse they are this adapter to rounding, since it was trained without classifier-free guidance."
     rows = by_label_scale(metrics)
+    lost = rows.get(1.0, {}).get("rms")
+    if scale <= 1 or (is_number(lost) and lost < 1e-4):  # Flux has a guidance_scale, and no second half
+        return head + "\nElse they are this adapter to rounding, since it was trained without classifier-free guidance."
     head += (
         f"\nIt was trained at guidance scale {scale:g}. A plain pipeline shows the label to both halves of the guidance, this adapter to one only, so a\n"
         "baked label is another model under guidance. `label_scale=` multiplies the label to make up for some of it"
@@ -356,7 +357,7 @@ def shared_card(text: str, own: AdapterConfig, shared: AdapterConfig, repo_id: s
     inside = f'", subfolder="{subfolder}' if subfolder else ""
     text = text.replace(f'"{UNKNOWN_ID}"', f'"{repo_id}{inside}"').replace(UNKNOWN_ID, repo_id)
     old, new = own.base["id"], shared.base["id"]
-    if old == new:
+    if own.base == shared.base:
         return text
     try:
         card = ModelCard(text, ignore_metadata_errors=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import re
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -117,7 +118,8 @@ def advice(error: BaseException) -> str | None:
         # hf_xet raises ConnectionError, RuntimeError and others; the client does not go on without it
         return "the Hub's Xet storage failed or could not be reached: try again, or go without it (HF_HUB_DISABLE_XET=1)"
     if any("TransportError" in {kind.__name__ for kind in type(e).__mro__} for e in chain):  # httpx's own, whichever release it is
-        return f"the connection to {constants.ENDPOINT} broke or could not be made: check it and try again"
+        endpoint = re.sub(r"//[^/@]*@", "//", constants.ENDPOINT)  # a proxy's may hold a password
+        return f"the connection to {endpoint} broke or could not be made: check it and try again"
     if any("Consistency check failed" in str(e) for e in chain if isinstance(e, OSError)):
         return "a file came incomplete: try again"
     if first(OfflineModeIsEnabled, LocalEntryNotFoundError):

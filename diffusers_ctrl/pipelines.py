@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -57,6 +58,7 @@ from .sampling import (
 from .sharing import push_adapter
 
 
+AUTO_PIPELINES = "diffusers.pipelines.auto_pipeline"
 HUB_KWARGS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only")
 
 
@@ -125,6 +127,14 @@ class CTRLPipeline(DiffusionPipeline):
         if "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", denoiser_of(pipeline)[1].dtype)
         return super(CTRLPipeline, ctrl_pipeline_class(getattr(base, "_ctrl_base", base))).from_pipe(pipeline, **kwargs)
+
+    @property
+    def config(self) -> Any:
+        """As of any pipeline. AutoPipelines read it first of all: only where they are in use they are told of this class, since importing
+        them imports every pipeline there is, a second that nobody else should wait for."""
+        if AUTO_PIPELINES in sys.modules:
+            _tell_auto_pipelines(self._ctrl_base)
+        return super().config
 
     @property
     def denoiser(self) -> torch.nn.Module:
@@ -413,22 +423,19 @@ class CTRLPipeline(DiffusionPipeline):
 
 
 @cache
-def ctrl_pipeline_class(base: type[DiffusionPipeline]) -> type[CTRLPipeline]:
-    """`CTRL` + the base's name: CTRLPipeline before the base, whose `__init__` it keeps.
-
-    diffusers' AutoPipelines are told of it and of its relatives for other tasks, so that `AutoPipelineForImage2Image.from_pipe` turns
-    a text-to-image pipeline with adapters into an image-to-image pipeline with the same adapters.
-    """
+def _tell_auto_pipelines(base: type[DiffusionPipeline]) -> None:
+    """Tells diffusers' AutoPipelines of a CTRL pipeline and of its relatives for other tasks, so that `AutoPipelineForImage2Image.from_pipe`
+    turns a text-to-image pipeline with adapters into an image-to-image pipeline with the same adapters."""
     from diffusers.pipelines.auto_pipeline import SUPPORTED_TASKS_MAPPINGS as TASKS
 
     families = {name for task in TASKS for name, cls in task.items() if cls is base}
     for task in TASKS:
-        task.update({f"ctrl-{name}": _subclass(task[name]) for name in families if name in task})
-    return _subclass(base)
+        task.update({f"ctrl-{name}": ctrl_pipeline_class(task[name]) for name in families if name in task})
 
 
 @cache
-def _subclass(base: type[DiffusionPipeline]) -> type[CTRLPipeline]:
+def ctrl_pipeline_class(base: type[DiffusionPipeline]) -> type[CTRLPipeline]:
+    """`CTRL` + the base's name: CTRLPipeline before the base, whose `__init__` it keeps."""
     doc = f"{base.__name__} with a label: see CTRLPipeline."
     namespace = {"__module__": __name__, "__doc__": doc, "_ctrl_base": base, "_ctrl_roles": {}}
     return type("CTRL" + base.__name__, (CTRLPipeline, base), namespace)

@@ -210,7 +210,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _stand_still(self) -> None:
         self.hub.stalled.set()
-        self.hub.released.wait(120)
+        self.hub.released.wait(600)
 
     def _json(self, data: object, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self._answer(json.dumps(data).encode(), status, {"Content-Type": "application/json", **(headers or {})})

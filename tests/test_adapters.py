@@ -115,6 +115,15 @@ def test_the_config_file(folder):
     assert config["format_version"] == 1
 
 
+def test_no_file_says_where_its_parts_were_read_from(folder, tmp_path):
+    """As when a run is resumed: its classifier is read from its own output folder."""
+    adapter = load_adapter(folder)
+    classifier = type(adapter.classifier).from_pretrained(folder / "classifier")
+    saved = save_adapter(tmp_path / "again", replace(adapter, classifier=classifier))
+    for path in saved.rglob("*.json"):
+        assert str(folder) not in path.read_text() and path.read_text() == (folder / path.relative_to(saved)).read_text(), path
+
+
 def test_the_lora_file(folder):
     tensors = load_file(folder / LORA)
     blocks = ("down_blocks.0.attentions.0", "up_blocks.1.attentions.0", "up_blocks.1.attentions.1", "mid_block.attentions.0")

@@ -64,6 +64,10 @@ def test_under_guidance_it_is_measured_and_on_the_card(adapter, tmp_path):
     text = card_text(config)
     for scale, row in rows.items():
         assert f"| baked, label_scale {scale:g} | {row['rms']:.3f} | {row['log_likelihood']:.3f} ± " in text
+    nothing_lost = card_text(
+        replace(config, metrics={**found, "baked.1.rms": 1e-6})
+    )  # a guidance_scale without a second half, as Flux's
+    assert "to rounding" in nothing_lost and "label_scale" not in nothing_lost and "to rounding" not in text
     assert "not measured" in card_text(replace(config, metrics={})) and "label_scale" not in card_text(adapter.config)
     save_config(tmp_path, config)
     assert read_config(tmp_path) == config

@@ -165,6 +165,9 @@ def test_a_card_names_the_base_that_it_is_pushed_with(config, tmp_path):
     assert 'from_pretrained("user/adapter", subfolder="sets/a")  # with its base, "user/base"\n' in text
     assert 'base: "user/base"\nbase_revision: "v1"\n' in text and UNKNOWN_ID not in text
     assert "--adapter user/adapter --config" in text
+    moved = replace(config, base={**config.base, "revision": "v2"})
+    again = shared_card(save_card(tmp_path, config).read_text(), config, moved, "user/adapter")
+    assert 'base: "digits-base"\nbase_revision: "v2"\n' in again
     own = "---\ntitle: [\n---\n"
     assert shared_card(own, local, local, "user/adapter") == own
     with pytest.raises(ValueError, match="README.md has metadata that cannot be read"):

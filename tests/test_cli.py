@@ -571,7 +571,7 @@ def test_two_attributes_from_disjoint_datasets(sd_folder, tmp_path):
     assert {path.name for path in run.glob("*.png")} == {"samples.png", "curves.png", "confusion-stroke.png", "confusion-slant.png"}
     card = (run / "README.md").read_text()
     assert "stroke and slant" in card and "| stroke and slant |" in card and "cut at 0.246" in card and "from -2.5 to 2.5" in card
-    assert "Regression of slant" in card and "Classifier of stroke" in card
+    assert "`slant`, regression: held-out correlation" in card and "`stroke`, classifier: held-out accuracy" in card
     pipe = CTRLPipeline.from_pretrained(run)
     labels = [{"stroke": "bold"}, {"slant": 1.5}, {"stroke": "bold", "slant": 1.5}, {"stroke": "thin", "slant": -1.5}]
     images = [draw(pipe, label=label) for label in labels]

@@ -416,9 +416,28 @@ finally:
         for call in ("push_adapter(src, 'user/quiet', token=token)", "CTRLPipeline.from_pretrained('user/quiet', token=token)"):
             raised = client(call, src=str(trained), token=bad)
             assert "ValueError" in raised.kinds and "token" in raised.message and TOKEN not in raised.text
-    for pattern, kind in (("commit", "cut"), ("preupload", "status"), ("resolve", "status"), ("resolve", "cut")):
-        hub.fail(pattern, kind, times=50, status=500)
-        for call in ("push_adapter(src, 'user/quiet2', token=token)", "CTRLPipeline.from_pretrained('user/quiet', token=token)"):
-            client(call, src=str(trained), token=TOKEN)
+    calls = (
+        "push_adapter(src, 'user/quiet2', token=token)",
+        "CTRLPipeline.from_pretrained(src).push_ctrl_adapter_to_hub('user/quiet3', token=token)",
+        "CTRLPipeline.from_pretrained('user/quiet', token=token, force_download=True)",
+    )
+    wrong = (("commit", "cut", 0), ("preupload", "status", 500), ("resolve", "status", 401), ("resolve", "cut", 0))
+    for pattern, kind, status in wrong:
+        hub.fail(pattern, kind, times=50, status=status)
+        failed = 0
+        for call in calls:
+            raised = client(call, src=str(trained), token=TOKEN)
             assert TOKEN not in client.text
+            failed += isinstance(raised, Raised) and TOKEN not in raised.text + raised.message
+        assert failed, (pattern, kind)
         hub.faults.clear()
+
+
+def test_a_password_in_the_address_of_a_mirror_is_not_printed(client, pushed, tmp_path):
+    code = "import huggingface_hub.constants as c; before, c.ENDPOINT = c.ENDPOINT, 'http://me:hf_password@127.0.0.1:9'"
+    client.ok(code + "; c.HUGGINGFACE_CO_URL_TEMPLATE = c.HUGGINGFACE_CO_URL_TEMPLATE.replace(before, c.ENDPOINT)")
+    try:
+        raised = client("CTRLPipeline.from_pretrained(repo, cache_dir=cache)", repo=pushed, cache=str(tmp_path))
+        assert "ValueError" in raised.kinds and "127.0.0.1:9" in raised.message and "hf_password" not in raised.message
+    finally:
+        client.ok("c.HUGGINGFACE_CO_URL_TEMPLATE = c.HUGGINGFACE_CO_URL_TEMPLATE.replace(c.ENDPOINT, before); c.ENDPOINT = before")

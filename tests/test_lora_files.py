@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_families import draw, fresh, make_adapter
 
-from diffusers_ctrl import CTRLPipeline
+from diffusers_ctrl import CTRLPipeline, assets
 from diffusers_ctrl.export import NAMINGS, bake_label, export_lora, label_lora, write_lora
 
 
@@ -128,6 +128,27 @@ def test_from_a_pipeline_and_from_a_folder(sd_adapter, sd_folder, tmp_path):
         theirs = load_file(export_lora(sd_adapter, tmp_path / "b.safetensors", label))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert not list(tmp_path.rglob(".*"))
+
+
+def test_other_samplers_than_the_labels_own(tmp_path):
+    """The shipped adapter, of 16 steps, in 10 and 20: a LoRA file against the merged pipeline."""
+    pipe = CTRLPipeline.from_pretrained("digits-stroke")
+    file = pipe.export_lora(tmp_path / "bold.safetensors", "bold")
+    with safe_open(file, framework="pt") as opened:
+        assert float(opened.metadata()["own_timesteps"]) < 1e-6 and 1e-3 < float(opened.metadata()["other_timesteps"]) < 0.03
+    merged = StableDiffusionPipeline.from_pretrained(pipe.export_label("bold", tmp_path / "bold"))
+    plain = StableDiffusionPipeline.from_pretrained(assets.find("digits-base"))
+    base = plain_latents(plain, 20)
+    plain.load_lora_weights(file)
+    for steps in (10, 20):
+        assert (plain_latents(plain, steps) - plain_latents(merged, steps)).square().mean().sqrt() < 1e-3
+    assert (plain_latents(plain, 20) - base).square().mean().sqrt() > 0.1
+
+
+def plain_latents(pipe, steps):
+    pipe.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": steps, "eta": 1.0, "guidance_scale": 1.0, "output_type": "latent"}
+    return pipe(["a handwritten seven", "a handwritten two"], generator=torch.Generator().manual_seed(0), **call).images
 
 
 def test_refusals(sd_adapter, tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 import process_worker
 import pytest
 import torch
+from accelerate import Accelerator, DistributedType
 from process_worker import OBJECTIVES, make_trainer, sampling, trained, training
 from safetensors.torch import load_file
 
@@ -70,6 +71,11 @@ def test_gradients_and_weights_are_those_of_one_process(several, alone):
     compare(load(several[0], "training", several[1]), alone)
 
 
+def test_a_base_that_is_dealt_out_to_the_processes_gives_the_same(several, alone):
+    part = {name: value for name, value in alone.items() if name.startswith("unet/")}
+    compare(load(several[0], "sharded", several[1]), part)
+
+
 @pytest.mark.parametrize("left_out", ["lora", "label_encoder"])
 def test_the_comparison_notices_a_group_that_is_not_synchronised(several, tmp_path, left_out):
     alone = trained("gaussian", tmp_path, objective="adjoint_matching", max_updates=2)
@@ -84,8 +90,9 @@ def test_the_comparison_notices_a_group_that_is_not_synchronised(several, tmp_pa
             compare([process], alone)
 
 
-def test_samples_certificates_and_grids_are_those_of_one_process(several, tmp_path):
-    found, alone = load(several[0], "sampling", several[1]), sampling(tmp_path)
+@pytest.mark.parametrize("name", ["sampling", "sampling-sharded"])
+def test_samples_certificates_and_grids_are_those_of_one_process(several, tmp_path, name):
+    found, alone = load(several[0], name, several[1]), sampling(tmp_path)
     assert set(found[0]) == set(alone)
     for name, value in alone.items():
         if not value.is_floating_point():
@@ -153,6 +160,34 @@ def test_batches_that_cannot_be_dealt_out_are_refused(tmp_path, monkeypatch):
         make_trainer("gaussian", tmp_path, global_batch_size=0)
     with pytest.raises(ValueError, match="Give global_batch_size or gradient_accumulation_steps, not both"):
         make_trainer("gaussian", tmp_path, gradient_accumulation_steps=2)
+    with pytest.raises(ValueError, match="merge_lora needs the base's weights whole"):
+        make_trainer("gaussian", tmp_path, merge_lora=True, shard_base=True)
     monkeypatch.setattr(processes, "count", lambda: 12)
-    with pytest.raises(ValueError, match="global_batch_size = 10 leaves some of the 12 processes without work"):
+    with pytest.raises(ValueError, match="global_batch_size = 10 leaves one of 12 processes without work"):
         make_trainer("gaussian", tmp_path)
+    monkeypatch.setattr(processes, "count", lambda: 4)
+    with pytest.raises(ValueError, match="global_batch_size = 10 leaves one of 4 processes without work at batch_size = 1"):
+        make_trainer("gaussian", tmp_path, batch_size=1)
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_wrappers_that_want_a_whole_model_are_refused(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: kind))
+    with pytest.raises(ValueError, match=f"distributed_type {kind.value} of the accelerate config .* --shard_base true"):
+        make_trainer("gaussian", tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_masters_are_float32_whatever_the_base_is_stored_in(tmp_path, dtype):
+    """A step is far below what bfloat16 or float16 can tell apart at these weights, and still moves all of them."""
+    trainer = make_trainer("unet", tmp_path, dtype=dtype, learning_rate=1e-6, label_learning_rate=1e-6)
+    before = {name: parameter.detach().clone() for name, parameter in trainer._named.items()}
+    base = [p for p in trainer.policy.denoiser.parameters() if not p.requires_grad]
+    trainer._step()
+    assert {p.dtype for p in base} == {dtype}
+    assert {p.dtype for p in trainer._named.values()} == {torch.float32}
+    assert {value.dtype for state in trainer.optimizer.state.values() for value in state.values()} == {torch.float32}
+    for name, parameter in trainer._named.items():
+        moved = (parameter - before[name]).abs()
+        assert 0 < moved.max() < 1e-6, name
+        assert torch.equal(parameter.to(dtype), before[name].to(dtype)) or moved.max() < torch.finfo(dtype).eps * 0.05

@@ -1,6 +1,8 @@
 """n processes compute what one computes: gradients, weights, samples, certificates; on CPU over gloo, launched as a user would."""
 
+import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -191,3 +193,134 @@ def test_masters_are_float32_whatever_the_base_is_stored_in(tmp_path, dtype):
         moved = (parameter - before[name]).abs()
         assert 0 < moved.max() < 1e-6, name
         assert torch.equal(parameter.to(dtype), before[name].to(dtype)) or moved.max() < torch.finfo(dtype).eps * 0.05
+
+
+# -- the commands, launched as a user would --
+
+CONFIGS = ROOT / "training" / "configs" / "accelerate"
+LABELLER = "def parity(images):\n    return (images.flatten(1).sum(1) * 10).long() % 2\n"
+COMMANDS = """
+import json, sys
+from pathlib import Path
+sys.path[:0] = {paths!r}
+import evaluate, train_ctrl
+from diffusers_ctrl import processes
+train_ctrl.main({train!r})
+evaluate.main({evaluate!r})
+Path({out!r}, f"process-{{processes.index()}}-of-{{processes.count()}}").touch()
+"""
+
+
+def commands(folder: Path, base: Path) -> str:
+    """A script that trains and then evaluates, on a dataset that is drawn from the base first."""
+    (folder / "own_labeller.py").write_text(LABELLER)
+    options = {
+        "base": base,
+        "attribute": "parity",
+        "dataset": "base-samples",
+        "labeller": "own_labeller:parity",
+        "label_names": "even odd",
+        "num_labels": 70,  # two shards
+        "prompts": "one two",
+        "classifier_size": 8,
+        "classifier_widths": "4 4",
+        "classifier_epochs": 2,
+        "classifier_members": 2,
+        "eval_samples": 5,
+        "base_samples": 14,
+        "num_inference_steps": 4,
+        "lora_rank": 2,
+        "batch_size": 2,
+        "global_batch_size": 5,
+        "max_updates": 2,
+        "gamma_range": "0.5 2",
+        "sample_every": 2,
+        "report_to": "none",
+    }
+    (folder / "empty.yaml").write_text("{}\n")
+    arguments = ["--config", str(folder / "empty.yaml")]
+    for name, value in options.items():
+        arguments += [f"--{name}", *str(value).split()]
+    script = COMMANDS.format(
+        paths=[str(folder), str(ROOT / "training")],
+        train=[*arguments, "--output_dir", str(folder / "run")],
+        evaluate=["--adapter", str(folder / "run"), *arguments, "--output_dir", str(folder / "again")],
+        out=str(folder),
+    )
+    (folder / "script.py").write_text(script)
+    return str(folder / "script.py")
+
+
+def accelerate(config: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config), *arguments]
+
+
+def test_training_and_evaluation_on_two_processes_are_those_on_one(tmp_path, sd_folder):
+    results = []
+    for config in ("single.yaml", "cpu_2.yaml"):
+        folder = tmp_path / config
+        folder.mkdir()
+        # one thread in both: sums are then taken in the same order
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+        command = ["taskset", "-c", str(min(os.sched_getaffinity(0))), *accelerate(config, commands(folder, sd_folder))]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "5 trajectories an update, at most 2 at a time" in done.stdout
+        results.append(folder)
+    one, two = results
+    assert sorted(path.name for path in two.glob("process-*")) == ["process-0-of-2", "process-1-of-2"]
+    assert (one / "process-0-of-1").is_file()
+    files = {path.relative_to(one) for path in one.rglob("*") if path.is_file() and "process-" not in path.name}
+    assert files - {Path("__pycache__")} == {
+        path.relative_to(two) for path in two.rglob("*") if path.is_file() and "process-" not in path.name
+    }
+    assert len(list((two / "run").rglob("*.parquet"))) == 2
+    for path in sorted((two / "run").rglob("*.parquet")):
+        assert path.read_bytes() == (one / path.relative_to(two)).read_bytes()
+    for name in ("pytorch_lora_weights", "label_encoder/diffusion_pytorch_model", "classifier/diffusion_pytorch_model"):
+        found, expected = (load_file(folder / "run" / f"{name}.safetensors") for folder in (two, one))
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6, msg=f"{name} {key}")
+    for name in ("run", "again"):
+        found, expected = (json.loads((folder / name / "metrics.json").read_text()) for folder in (two, one))
+        assert set(found) == set(expected) and any(key.startswith("by_gamma.") for key in found)
+        for key, value in expected.items():
+            if isinstance(value, float) and not key.startswith("seconds"):
+                assert found[key] == pytest.approx(value, rel=1e-3, abs=1e-4, nan_ok=True), key
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in CONFIGS.glob("*.yaml")))
+def test_accelerate_takes_the_configs(config, monkeypatch):
+    """As far as a machine without GPUs can go: accelerate reads the file and makes of it the command that would start the processes."""
+    from accelerate.commands import launch
+
+    arguments = launch.launch_command_parser().parse_args(["--config_file", str(CONFIGS / config), "train_ctrl.py"])
+    started = []
+    for launcher in ("simple_launcher", "multi_gpu_launcher", "deepspeed_launcher"):
+        monkeypatch.setattr(launch, launcher, lambda args, launcher=launcher: started.append((launcher, args)))
+    launch.launch_command(arguments)
+    ((launcher, args),) = started
+    count = {"single.yaml": 1, "cpu_2.yaml": 2, "multi_gpu.yaml": 8, "multi_node.yaml": 32}[config]
+    assert launcher == ("simple_launcher" if count == 1 else "multi_gpu_launcher") and args.num_processes == count
+    assert args.num_machines == (4 if count == 32 else 1) and args.mixed_precision == "no"
+
+
+def test_two_machines_find_each_other(tmp_path):
+    """multi_node.yaml with two machines of one process, both of them here."""
+    script = tmp_path / "count.py"
+    script.write_text(
+        "from diffusers_ctrl import processes\nprocesses.make_accelerator()\n"
+        "print('found', processes.index(), processes.count(), processes.sum_over([1.0 + processes.index()]))\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    machines = []
+    for rank in range(2):
+        changes = ["--num_machines", "2", "--num_processes", "2", "--machine_rank", str(rank), "--main_process_port", str(port)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        command = accelerate("multi_node.yaml", *changes, str(script))
+        machines.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    said = [machine.communicate(timeout=300)[0] for machine in machines]
+    for rank, text in enumerate(said):
+        assert f"found {rank} 2 [3.0]" in text, text[-3000:]

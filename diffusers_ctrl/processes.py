@@ -16,8 +16,6 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 
 T = TypeVar("T")
@@ -31,7 +29,8 @@ CHUNK = 2**24  # numbers that a process sends at once when rows are gathered
 def use_cpu() -> bool:
     """Whether several processes run on CPU: asked for, or launched where there is no accelerator (accelerate would start each alone)."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    return parse_flag_from_env("ACCELERATE_USE_CPU") or (several and not torch.accelerator.is_available())
+    accelerator = getattr(torch, "accelerator", torch.cuda)  # the first from torch 2.6 on
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or (several and not accelerator.is_available())
 
 
 def make_accelerator(**settings: Any) -> Accelerator:
@@ -165,8 +164,10 @@ def shard(module: torch.nn.Module, kept: Iterable[torch.nn.Parameter]) -> None:
     A block's weights are gathered when it is called and let go after it, forward and backward: all processes must call the module
     equally often. Blocks are the members of the outermost module lists, as the blocks of a U-Net or of a transformer are.
     """
-    device = PartialState().device
-    mesh, kept = init_device_mesh(device.type, (count(),)), set(kept)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard  # here: all else does with a torch before 2.7
+
+    mesh, kept = init_device_mesh(PartialState().device.type, (count(),)), set(kept)
     waiting = [module]
     while waiting:
         for child in waiting.pop().children():

@@ -206,6 +206,7 @@ sys.path[:0] = {paths!r}
 import evaluate, train_ctrl
 from diffusers_ctrl import processes
 train_ctrl.main({train!r})
+processes.on_main(lambda: None)  # the adapter is written
 evaluate.main({evaluate!r})
 Path({out!r}, f"process-{{processes.index()}}-of-{{processes.count()}}").touch()
 """

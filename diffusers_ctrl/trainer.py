@@ -208,7 +208,7 @@ class CTRLTrainer:
         self.config = config
         self.output_dir = Path(config.output_dir)
         self.accelerator = accelerator or Accelerator(
-            mixed_precision=config.mixed_precision, log_with=tracker_names(config.report_to), project_dir=str(self.output_dir)
+            mixed_precision=config.mixed_precision, log_with=tracker_names(config.report_to) or None, project_dir=str(self.output_dir)
         )
         device = self.accelerator.device
         self.policy = policy.to(device)

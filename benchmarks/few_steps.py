@@ -19,12 +19,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "training")]
-from evaluate import adapter_environment  # noqa: E402
-
 from diffusers_ctrl.adapters import load_adapter, resolve_folder  # noqa: E402
 from diffusers_ctrl.evaluation import draw_samples, evaluate  # noqa: E402
 from diffusers_ctrl.labels import label_grid  # noqa: E402
 from diffusers_ctrl.rollouts import Sampler  # noqa: E402
+from evaluate import adapter_environment  # noqa: E402
 from records import RESULTS, provenance, write_json  # noqa: E402
 from task import attribute_oracle, parse_arguments, prompt_judge  # noqa: E402
 

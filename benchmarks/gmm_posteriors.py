@@ -35,7 +35,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from gmm_problem import GMMDenoiser, GMMProblem, geometric_scheduler, gmm_problem  # noqa: E402
 
 from diffusers_ctrl import Categorical, LabelSpace, Policy  # noqa: E402
-from diffusers_ctrl.evaluation import Samples, certificate, draw_samples  # noqa: E402
+from diffusers_ctrl.evaluation import Samples, certificate, draw_samples, take  # noqa: E402
 from diffusers_ctrl.objectives import direct_backprop  # noqa: E402
 from diffusers_ctrl.particles import ParticlePool, effective_sample_size  # noqa: E402
 from diffusers_ctrl.rollouts import Environment, Sampler, rollout  # noqa: E402
@@ -186,7 +186,7 @@ def resampled(states: Tensor, log_weights: Tensor, particles: int, seed: int) ->
 
 def certified(samples: Samples, rows: int = 20_000) -> dict[str, float]:
     """The library's certificate at gamma = 1 of the first `rows` trajectories: nats, and the ESS as a share."""
-    part = Samples(None, *(value[:rows] for value in list(vars(samples).values())[1:]))
+    part = take(samples, torch.arange(min(rows, len(samples.kl))))
     found = certificate(part, 1.0)
     names = ("objective", "log_partition", "log_partition_se", "gap", "gap_se")
     return {name: round(getattr(found, name), 4) for name in names} | {"ess_share": found.ess / len(part.kl)}

@@ -18,12 +18,11 @@ from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "training")]
-from evaluate import adapter_environment  # noqa: E402
-
 from diffusers_ctrl.adapters import load_adapter, resolve_folder  # noqa: E402
 from diffusers_ctrl.objectives import OBJECTIVES  # noqa: E402
 from diffusers_ctrl.policy import Policy  # noqa: E402
 from diffusers_ctrl.rollouts import Environment  # noqa: E402
+from evaluate import adapter_environment  # noqa: E402
 from records import RESULTS, provenance, write_json  # noqa: E402
 from task import parse_arguments  # noqa: E402
 

@@ -32,7 +32,6 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "training"), str(ROOT / "benchmarks")]
-from evaluate import adapter_environment  # noqa: E402
 from lookahead_reach import Lookahead  # noqa: E402
 
 from diffusers_ctrl.adapters import load_adapter, resolve_folder  # noqa: E402
@@ -41,6 +40,7 @@ from diffusers_ctrl.objectives import direct_backprop  # noqa: E402
 from diffusers_ctrl.policy import Policy  # noqa: E402
 from diffusers_ctrl.rollouts import Batch, Environment, Sampler  # noqa: E402
 from digits_data import stroke_oracle  # noqa: E402
+from evaluate import adapter_environment  # noqa: E402
 from records import RESULTS, provenance, save_figure, write_json  # noqa: E402
 from task import parse_arguments  # noqa: E402
 

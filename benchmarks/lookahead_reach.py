@@ -28,12 +28,11 @@ from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "training")]
-from evaluate import adapter_environment  # noqa: E402
-
 from diffusers_ctrl.adapters import load_adapter, resolve_folder  # noqa: E402
 from diffusers_ctrl.policy import Policy  # noqa: E402
 from diffusers_ctrl.rollouts import Batch, Environment, Sampler, base_transition  # noqa: E402
 from digits_data import stroke_oracle, thresholds  # noqa: E402
+from evaluate import adapter_environment  # noqa: E402
 from records import RESULTS, provenance, write_json  # noqa: E402
 from task import parse_arguments  # noqa: E402
 

@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from torch import nn
 
 from . import assets
 from .classifiers import Classifier
-from .hub import DISK_FULL, check_subfolder, download, explained, is_repo_id, upload
+from .hub import DISK_FULL, check_subfolder, download, explained, is_repo_id
 from .injection import lora_state_dict
 from .label_encoder import LabelEncoder
 from .labels import LabelSpace
@@ -45,7 +45,8 @@ LORA_NAME = "pytorch_lora_weights.safetensors"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 INDEX_NAME = "model_index.json"
 CLASSIFIER_FILES = ("classifier/config.json", f"classifier/{WEIGHTS_NAME}")
-ADAPTER_FILES = (CONFIG_NAME, LORA_NAME, "label_encoder/config.json", f"label_encoder/{WEIGHTS_NAME}", *CLASSIFIER_FILES)
+REQUIRED_FILES = (CONFIG_NAME, LORA_NAME, "label_encoder/config.json", f"label_encoder/{WEIGHTS_NAME}")
+ADAPTER_FILES = (*REQUIRED_FILES, *CLASSIFIER_FILES)
 CARD_FILES = ("README.md", "metrics.json")  # and the pictures beside them
 MAX_STEPS = 10_000
 MAX_NAME = 500  # characters
@@ -59,7 +60,9 @@ class AdapterConfig:
     base: {"id", "revision", "denoiser_sha256"}. pipeline_class: the diffusers class of the base. denoiser: its component name.
     label_space: `LabelSpace.to_dict()`. gamma: the gamma it was trained for. gamma_range: [low, high], or None where gamma is fixed.
     sampler: {"scheduler": name, "scheduler_config", "num_inference_steps", "guidance_scale", "options"}, the base law's settings.
-    injection_site: module path of the time embedding. versions: of the packages it was made with. metrics: see DESIGN, metrics.json.
+    injection_site: module path of the time embedding. versions: of the packages it was made with. metrics: flat, as in metrics.json.
+    training: {} or, each optional, "data" [one object a dataset and attribute, of texts, numbers and counts], "settings" {field of a
+        training config: value} and "compute" {name: text or number}: what the card tells. Nothing else reads it.
     """
 
     base: dict[str, Any]
@@ -72,6 +75,7 @@ class AdapterConfig:
     injection_site: str
     versions: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
 
@@ -139,7 +143,8 @@ def find_adapter(name: str | os.PathLike, *, subfolder: str | None = None, **hub
             "written USER/NAME."
         )
     try:
-        return download(str(name), (*ADAPTER_FILES, INDEX_NAME), marker=CONFIG_NAME, subfolder=subfolder, **hub_kwargs)
+        names = (*ADAPTER_FILES, INDEX_NAME)
+        return download(str(name), names, marker=CONFIG_NAME, required=REQUIRED_FILES, subfolder=subfolder, **hub_kwargs)
     except ValueError as error:
         raise ValueError(f"{str(name)!r} is neither a local folder nor an embedded model, and {error}") from error
 
@@ -247,69 +252,16 @@ def _write(folder: Path, adapter: Adapter, dtype: torch.dtype | None) -> None:
     save_config(folder, adapter.config)
 
 
+def config_text(config: AdapterConfig) -> str:
+    """ctrl_config.json."""
+    return json.dumps(asdict(config), indent=2) + "\n"
+
+
 def save_config(folder: Path, config: AdapterConfig) -> None:
     """Writes ctrl_config.json alone: new metrics leave the weights' files as they are."""
     temporary = folder / f"{CONFIG_NAME}.tmp"
-    temporary.write_text(json.dumps(asdict(config), indent=2) + "\n")
+    temporary.write_text(config_text(config))
     os.replace(temporary, folder / CONFIG_NAME)
-
-
-def push_adapter(
-    folder: str | os.PathLike,
-    repo_id: str,
-    *,
-    base: str | None = None,
-    base_revision: str | None = None,
-    token: str | bool | None = None,
-    private: bool | None = None,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-) -> str:
-    """Uploads an adapter folder as one commit: its own files, its card, metrics.json and the pictures beside it, and nothing else of it.
-
-    Args:
-        folder: what `save_adapter` or training wrote. It is read and checked as a whole before anything is sent.
-        base, base_revision: Hub id of the base, where the adapter was trained on a local copy of it. The folder itself keeps its own.
-        token, private, revision, subfolder, create_pr, commit_message: as for diffusers' `push_to_hub`. private=True refuses a
-            repository that exists and is public.
-
-    Returns:
-        URL of the commit or pull request.
-
-    Raises:
-        ValueError: if the folder is no whole adapter, its base is a folder of this machine, or the upload fails; with what to do.
-            Trying again is safe.
-    """
-    folder = Path(folder)
-    config = load_adapter(folder).config
-    if base is not None:
-        config = replace(config, base={**config.base, "id": base, "revision": base_revision})
-    check_shareable(config.base["id"])
-    names = [*ADAPTER_FILES, *CARD_FILES, *(path.name for path in sorted(folder.glob("*.png")))]
-    files: dict[str, Path | bytes] = {name: member(folder, name) for name in names if (folder / name).exists()}
-    if base is not None:
-        files[CONFIG_NAME] = (json.dumps(asdict(config), indent=2) + "\n").encode()
-    return upload(
-        files,
-        repo_id,
-        managed=ADAPTER_FILES,
-        subfolder=subfolder,
-        token=token,
-        private=private,
-        revision=revision,
-        create_pr=create_pr,
-        commit_message=commit_message or "CTRL adapter",
-    )
-
-
-def check_shareable(base: str) -> None:
-    """Raises ValueError unless others can load a base of this name: a Hub id or an embedded model, not a folder of this machine."""
-    if assets.find(base) is None and (Path(base).is_dir() or not is_repo_id(base)):
-        raise ValueError(
-            f"The adapter's base {base!r} is a folder of this machine, which nobody else has: pass the Hub id of the same weights as base=."
-        )
 
 
 def _read_model(folder: Path, name: str, cls: type) -> Any:
@@ -351,7 +303,7 @@ def read_config(folder: Path) -> AdapterConfig:
     known = {f.name for f in fields(AdapterConfig)}
     if unknown := sorted(set(data) - known):
         raise ValueError(f"{path} has unknown keys {shorten(unknown)}; known are {sorted(known)}.")
-    required = known - {"versions", "metrics"}
+    required = known - {"versions", "metrics", "training"}
     if missing := sorted(required - set(data)):
         raise ValueError(f"{path} lacks {missing}.")
     kinds = {
@@ -365,6 +317,7 @@ def read_config(folder: Path) -> AdapterConfig:
         "injection_site": str,
         "versions": dict,
         "metrics": dict,
+        "training": dict,
     }
     for key, kind in kinds.items():
         if key in data and (not isinstance(data[key], kind) or isinstance(data[key], bool)):
@@ -407,11 +360,42 @@ def read_config(folder: Path) -> AdapterConfig:
         f"sampler.scheduler_config.num_train_timesteps must be an integer from 1 to {MAX_STEPS}": isinstance(scheduler, dict)
         and type(trained := scheduler.get("num_train_timesteps", 1000)) is int
         and 0 < trained <= MAX_STEPS,
+        "versions and metrics may hold numbers, texts, true, false and null, and no more than versions beside them": _is_flat(
+            data.get("versions", {})
+        )
+        and _is_flat({k: v for k, v in data.get("metrics", {}).items() if k != "versions"})
+        and _is_flat(data.get("metrics", {}).get("versions", {})),
+        "training may hold data (objects), settings (their prompts are texts) and compute, without further nesting": _is_training(
+            data.get("training", {})
+        ),
     }
     for message, holds in checks.items():
         if not holds:
             raise ValueError(f"{path}: {message}.")
     return AdapterConfig(**data)
+
+
+def _is_flat(value: Any, depth: int = 0) -> bool:
+    """Whether it is an object of numbers, texts, true, false and null; `depth`: levels of lists and objects that these may be in."""
+    if not isinstance(value, dict):
+        return False
+    nested = [v for v in value.values() if isinstance(v, (dict, list))]
+    inner = [v if isinstance(v, dict) else dict(enumerate(v)) for v in nested]
+    return not nested or (depth > 0 and all(_is_flat(v, depth - 1) for v in inner))
+
+
+def _is_training(training: dict[str, Any]) -> bool:
+    data, settings = training.get("data", []), training.get("settings", {})
+    return (
+        set(training) <= {"data", "settings", "compute"}
+        and isinstance(data, list)
+        and all(_is_flat(part, 1) for part in data)
+        and _is_flat(settings, 1)
+        and all(name.isidentifier() for name in settings)
+        and isinstance(prompts := settings.get("prompts", []), list)
+        and all(isinstance(prompt, str) for prompt in prompts)
+        and _is_flat(training.get("compute", {}))
+    )
 
 
 def _sampler_options() -> list[str]:

@@ -15,6 +15,7 @@ from torch import nn
 
 from .calls import CallWatch
 from .injection import LabelInput, add_label_hook, load_lora_state_dict, lora_chosen, lora_layers, remove_label_hook, remove_lora
+from .replay import first, with_first
 
 
 STRENGTH_HOOK_NAME = "ctrl_strength"
@@ -64,16 +65,16 @@ class StrengthHook(ModelHook):
         found = self._mixed(active, given, *args, **kwargs)
         if self.keeps_base:
             self._check_recorded(given, sample)
-        output = _tensor(found)
+        output = first(found)
         seen = self.watch.end_call(output)
-        return found if seen is output else _with_tensor(found, seen)
+        return found if seen is output else with_first(found, seen)
 
     def _mixed(self, active: tuple[Active, ...], given: tuple[bool, ...], *args, **kwargs):
         if len(active) == 1 and _is(active[0].strength, 1.0) and not self.keeps_base:
             return self._tuned(active[0], given, *args, **kwargs)
         base = self._base(*args, **kwargs)
         if self.keeps_base:
-            self.base_output = _tensor(base)
+            self.base_output = first(base)
         active = tuple(one for one in active if not _is(one.strength, 0.0))
         if not active:
             return base
@@ -81,14 +82,14 @@ class StrengthHook(ModelHook):
         if len(active) == 1 and not isinstance(active[0].strength, torch.Tensor):
             if active[0].strength == 1.0:
                 return tuned[0]
-            return _with_tensor(tuned[0], torch.lerp(_tensor(base), _tensor(tuned[0]), active[0].strength))
-        start = total = _tensor(base)
+            return with_first(tuned[0], torch.lerp(first(base), first(tuned[0]), active[0].strength))
+        start = total = first(base)
         for one, output in zip(active, tuned, strict=True):
             strength = one.strength
             if isinstance(strength, torch.Tensor):  # one a sample, and the same in each part of a guided batch
                 strength = strength.to(start).repeat(len(given)).view(-1, *[1] * (start.ndim - 1))
-            total = total + strength * (_tensor(output) - start)
-        return _with_tensor(base, total)
+            total = total + strength * (first(output) - start)
+        return with_first(base, total)
 
     def _base(self, *args, **kwargs):
         with lora_chosen(self.layers, self.controls, None):
@@ -119,19 +120,6 @@ class StrengthHook(ModelHook):
 
 def _is(strength: float | torch.Tensor, value: float) -> bool:
     return not isinstance(strength, torch.Tensor) and strength == value
-
-
-def _tensor(output: Any) -> torch.Tensor:
-    return output if isinstance(output, torch.Tensor) else output[0]
-
-
-def _with_tensor(output: Any, tensor: torch.Tensor) -> Any:
-    """`output`, a denoiser's answer in any of its forms, with `tensor` in place of the sample."""
-    if isinstance(output, torch.Tensor):
-        return tensor
-    if isinstance(output, tuple):
-        return (tensor, *output[1:])
-    return type(output)(sample=tensor)
 
 
 def control_hook(denoiser: nn.Module) -> StrengthHook | None:

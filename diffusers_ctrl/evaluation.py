@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from . import processes
 from .accuracy import LabelOracle, agreement, hits, measure
 from .particles import effective_sample_size
 from .policy import Policy
+from .randomness import TrajectoryNoise, batch_seeds
 from .rollouts import Environment, rollout
 
 
@@ -31,9 +33,10 @@ PromptOracle = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class Samples:
     """Trajectories' ends and costs, on the CPU.
 
-    images: (N, C, H, W) in [0, 1], or the states where there is no decoder; None where they were not kept.
+    images: (N, C, H, W) in [0, 1], or the states where there is no decoder; None where they were not kept, or are another process's.
     label_rows, prompt_rows: (N,) which label and prompt.
     log_likelihood: (N,) nats, for the row's own label; kl, log_ratio: (N,) nats, 0 for base samples.
+    measured: (N, A), what an oracle found on the images; obeyed: (N,), 1 where the prompt was obeyed. Both are filled in by `judge`.
     """
 
     images: torch.Tensor | None
@@ -42,6 +45,30 @@ class Samples:
     log_likelihood: torch.Tensor
     kl: torch.Tensor
     log_ratio: torch.Tensor
+    measured: torch.Tensor | None = None
+    obeyed: torch.Tensor | None = None
+
+
+def take(samples: Samples, rows: torch.Tensor) -> Samples:
+    """These rows, by index or by mask."""
+    return Samples(**{name: None if value is None else value[rows] for name, value in vars(samples).items()})
+
+
+def judge(
+    samples: Samples, environment: Environment, oracle: LabelOracle | None = None, prompt_oracle: PromptOracle | None = None
+) -> Samples:
+    """The samples with what the oracles say of them, where they were not yet asked and their images are here.
+
+    Args:
+        oracle: images -> true attributes, see accuracy.py. prompt_oracle: images, prompt rows -> (N,) bool. Never seen in training.
+    """
+    if samples.images is None:
+        return samples
+    if oracle is not None and samples.measured is None:
+        samples = replace(samples, measured=measure(oracle, samples.images, environment.labels))
+    if prompt_oracle is not None and samples.obeyed is None:
+        samples = replace(samples, obeyed=prompt_oracle(samples.images, samples.prompt_rows).double().cpu())
+    return samples
 
 
 @torch.no_grad()
@@ -56,27 +83,44 @@ def draw_samples(
     keep_images: bool = True,
     progress: bool = True,
     description: str = "sampling",
+    distributed: bool = False,
 ) -> Samples:
     """`per_label` samples of each label, running through the prompts; from the tuned model or from the base.
 
-    `batch_size` trajectories at a time; without `keep_images` only five numbers of each stay in memory.
+    One number is taken from `generator`; sample i depends on it and on i only, whatever the batch size and the number of processes.
+
+    Args:
+        batch_size: so many trajectories at a time; without `keep_images` only five numbers of each stay in memory.
+        distributed: all processes call this, and each draws its share. The images are then the main process's, None on the others; all
+            have the numbers.
     """
     labels, prompts = len(environment.labels), environment.num_prompts
     label_rows = torch.arange(labels).repeat_interleave(per_label)
     prompt_rows = torch.arange(per_label).remainder(prompts).repeat(labels)
-    parts: list[tuple[torch.Tensor, ...]] = []
-    bar = tqdm(total=len(label_rows), desc=description, unit="image", disable=not progress)
-    for rows in torch.arange(len(label_rows)).split(batch_size):
-        batch = environment.batch(label_rows[rows], prompt_rows[rows], generator)
-        trajectory = rollout(policy, environment.sampler, batch, generator, tuned=tuned)
+    device = "cpu" if generator is None else generator.device
+    number = torch.randint(2**62, (), generator=generator, device=device).item()
+    if distributed:
+        number = processes.on_main(lambda: number)
+    _, *seeds = batch_seeds(len(label_rows), number)
+    own = processes.share(len(label_rows)) if distributed else range(len(label_rows))
+    columns: tuple[list[torch.Tensor], ...] = ([], [], [], [])
+    bar = tqdm(total=len(own), desc=description, unit="image", disable=not progress or (distributed and processes.index() > 0))
+    for rows in torch.tensor(own).split(batch_size) if own else ():
+        noise = TrajectoryNoise([seeds[row] for row in rows.tolist()], environment.labels.device)
+        batch = environment.batch(label_rows[rows], prompt_rows[rows], noise)
+        trajectory = rollout(policy, environment.sampler, batch, noise, tuned=tuned)
         images = environment.decode(trajectory.sample)
         log_likelihood = environment.score(images, batch.labels)
-        kept = images.float().cpu() if keep_images else images.new_zeros(0)
-        parts.append((kept, log_likelihood.double(), trajectory.kl.double(), trajectory.log_ratio.double()))
+        kept = images.float() if keep_images else images.new_zeros(0)
+        for column, values in zip(columns, (kept, log_likelihood, trajectory.kl, trajectory.log_ratio), strict=True):
+            column.append(values.cpu() if column is columns[0] else values.double().cpu())
         bar.update(len(rows))
     bar.close()
-    images, log_likelihood, kl, log_ratio = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
-    return Samples(images if keep_images else None, label_rows, prompt_rows, log_likelihood, kl, log_ratio)
+    images, *numbers = (torch.cat(column) if column else torch.zeros(0, dtype=torch.float64) for column in columns)
+    if distributed:
+        images = processes.gather_rows(images, to_main=True) if keep_images else None
+        numbers = [processes.gather_rows(values) for values in numbers]
+    return Samples(images if keep_images else None, label_rows, prompt_rows, *numbers)
 
 
 def _groups(samples: Samples) -> list[torch.Tensor]:
@@ -156,10 +200,11 @@ def certify(
     *,
     batch_size: int = 100,
     progress: bool = True,
+    distributed: bool = False,
 ) -> tuple[Certificate, list[Certificate]]:
     """Draws fresh trajectories of the tuned model and certifies it: over all labels, and for each row of `environment.labels`.
 
-    Only `batch_size` trajectories' states and images are in memory at a time, and five numbers of each that is done.
+    With `distributed` each process draws its share, and all get the certificate of all trajectories. Only `batch_size` trajectories' states and images are in memory at a time, and five numbers of each that is done.
 
     Raises:
         ValueError: (from `Sampler`, when the environment is made) where there is no certificate: a scheduler without a Gaussian
@@ -174,6 +219,7 @@ def certify(
         keep_images=False,
         progress=progress,
         description="certificate",
+        distributed=distributed,
     )
     rows = [(samples.label_rows == row).nonzero().flatten() for row in range(len(environment.labels))]
     return certificate(samples, environment.gamma), [certificate(samples, environment.gamma, row) for row in rows]
@@ -195,12 +241,11 @@ def base_scores(base: Samples, environment: Environment) -> torch.Tensor:
 def exact_law(
     base: Samples,
     environment: Environment,
-    oracle: LabelOracle | None = None,
     *,
     scores: torch.Tensor | None = None,
     rows: list[int] | None = None,
 ) -> dict[str, float]:
-    """What the exact conditional law itself would score, from reweighted base samples; and log Z from base samples.
+    """log Z from base samples, and, where these were judged, what the exact conditional law itself would score: reweighted base samples.
 
     Every base sample of a prompt serves all labels, with weight p̂(y | x)^gamma. `base_smallest_ess` is the least effective sample size
     of a (prompt, label) pair: under 10, this log Z is doubtful too.
@@ -212,7 +257,7 @@ def exact_law(
     chosen = list(range(len(environment.labels))) if rows is None else rows
     labels, prompts = environment.labels[chosen].cpu(), base.prompt_rows.unique()
     pairs = len(prompts) * len(chosen)
-    found = None if oracle is None else measure(oracle, base.images, labels)
+    found = base.measured
     ess, log_z, variance, accuracy_variances, parts = [], [], 0.0, [], []
     for prompt in prompts:
         own = (base.prompt_rows == prompt).nonzero().flatten()
@@ -239,13 +284,10 @@ def exact_law(
     return out
 
 
-def _scores(
-    samples: Samples, environment: Environment, oracle: LabelOracle | None, prompt_oracle: PromptOracle | None
-) -> dict[str, float]:
+def _scores(samples: Samples, environment: Environment) -> dict[str, float]:
     groups, out = _groups(samples), {}
-    if oracle is not None:
-        asked = environment.labels.cpu()[samples.label_rows]
-        found = measure(oracle, samples.images, asked)
+    if samples.measured is not None:
+        asked, found = environment.labels.cpu()[samples.label_rows], samples.measured
         out |= agreement(environment.space, asked, found)
         right = hits(environment.space, asked, found)
         judged = [g for g in groups if not right[g].isnan().any()]
@@ -257,9 +299,8 @@ def _scores(
             for name, value in agreement(environment.space, asked[rows], found[rows]).items():
                 draws.setdefault(name, []).append(value)
         out |= {f"{name}_se": torch.tensor(values).std().item() for name, values in draws.items() if f"{name}_se" not in out}
-    if prompt_oracle is not None:
-        obeyed = prompt_oracle(samples.images, samples.prompt_rows).double().cpu()
-        out["prompt_accuracy"], out["prompt_accuracy_se"] = _mean_and_se(obeyed, groups)
+    if samples.obeyed is not None:
+        out["prompt_accuracy"], out["prompt_accuracy_se"] = _mean_and_se(samples.obeyed, groups)
     out["log_likelihood"], out["log_likelihood_se"] = _mean_and_se(samples.log_likelihood, groups)
     return out
 
@@ -281,8 +322,7 @@ def _from_base(metrics: dict[str, Any]) -> dict[str, float]:
 
 def select(samples: Samples, label_rows: list[int]) -> Samples:
     """The samples of these labels only."""
-    keep = torch.isin(samples.label_rows, torch.tensor(label_rows))
-    return Samples(*(None if value is None else value[keep] for value in vars(samples).values()))
+    return take(samples, torch.isin(samples.label_rows, torch.tensor(label_rows)))
 
 
 def evaluate(
@@ -300,7 +340,7 @@ def evaluate(
     Args:
         tuned, base: from `draw_samples`, of the same environment.
         label_names: names of `environment.labels`' rows.
-        oracle: images -> true attributes, see accuracy.py. prompt_oracle: images, prompt rows -> (N,) bool. Never seen in training.
+        oracle, prompt_oracle: see `judge`; not asked again about samples that they have judged.
         scores: from `base_scores`, where they are at hand.
 
     Returns:
@@ -309,28 +349,29 @@ def evaluate(
         labels give different attributes, by_given.{attribute+attribute}.NAME has the same over the labels that give just these.
     """
     gamma = environment.gamma
+    tuned, base = (judge(samples, environment, oracle, prompt_oracle) for samples in (tuned, base))
     scores = base_scores(base, environment) if scores is None else scores
-    out: dict[str, Any] = _scores(tuned, environment, oracle, prompt_oracle)
+    out: dict[str, Any] = _scores(tuned, environment)
     out["kl"], out["kl_se"] = _mean_and_se(tuned.kl, _groups(tuned))
     out |= _whole(tuned, gamma)
-    out |= {f"base_{name}": value for name, value in _scores(base, environment, oracle, prompt_oracle).items()}
-    out |= exact_law(base, environment, oracle, scores=scores)
+    out |= {f"base_{name}": value for name, value in _scores(base, environment).items()}
+    out |= exact_law(base, environment, scores=scores)
     out |= _from_base(out)
     for given, rows in _by_given(environment).items():
         part = select(tuned, rows)
-        found = _scores(part, environment, oracle, prompt_oracle) | _whole(part, gamma)
+        found = _scores(part, environment) | _whole(part, gamma)
         found["kl"], found["kl_se"] = _mean_and_se(part.kl, _groups(part))
-        found |= exact_law(base, environment, oracle, scores=scores, rows=rows)
+        found |= exact_law(base, environment, scores=scores, rows=rows)
         out |= {f"by_given.{given}.{key}": value for key, value in (found | _from_base(found)).items()}
     labels = environment.labels.cpu()
-    found = None if oracle is None else measure(oracle, tuned.images, labels)
     for row, name in enumerate(label_names):
         rows = (tuned.label_rows == row).nonzero().flatten()
         part = certificate(tuned, gamma, rows)
         values = {"kl": tuned.kl[rows].mean().item(), "log_likelihood": tuned.log_likelihood[rows].mean().item()}
-        values |= {k: getattr(part, k) for k in ("objective", "log_partition", "gap", "gap_se", "ess")}
-        if found is not None:
-            agreed = agreement(environment.space, labels[row].expand(len(rows), -1), found[rows])
+        values |= {k: getattr(part, k) for k in ("objective", "log_partition", "gap", "gap_se", "ess", "smallest_ess")}
+        values["gap_is_lower_bound"] = part.is_lower_bound
+        if tuned.measured is not None:
+            agreed = agreement(environment.space, labels[row].expand(len(rows), -1), tuned.measured[rows])
             values |= {key: value for key, value in agreed.items() if key == "accuracy" or key.endswith(".mean_error")}
         out |= {f"by_label.{name}.{key}": value for key, value in values.items()}
     return out
@@ -346,7 +387,8 @@ def _by_given(environment: Environment) -> dict[str, list[int]]:
     return rows if len(rows) > 1 else {}
 
 
-GAMMA_NAMES = ("accuracy", "prompt_accuracy", "kl", "objective", "log_partition", "gap", "gap_from_base", "ess", "exact_accuracy")
+GAMMA_NAMES = ("accuracy", "prompt_accuracy", "exact_accuracy", "kl", "objective", "log_partition", "gap", "gap_from_base")
+GAMMA_NAMES += ("ess", "smallest_ess", "base_smallest_ess", "gap_is_lower_bound")
 
 
 def evaluate_gammas(
@@ -361,13 +403,21 @@ def evaluate_gammas(
     batch_size: int = 100,
     oracle: LabelOracle | None = None,
     prompt_oracle: PromptOracle | None = None,
+    distributed: bool = False,
 ) -> dict[str, Any]:
-    """by_gamma.{gamma}.NAME with its NAME_se: the certificate and the accuracies at each gamma, on `per_label` fresh samples each."""
+    """by_gamma.{gamma}.NAME with its NAME_se: the certificate and the accuracies at each gamma, on `per_label` fresh samples each.
+
+    With `distributed` all processes call this and draw their shares; only the main process, which has the images, returns figures.
+    """
     out: dict[str, Any] = {}
-    scores = base_scores(base, environment)
+    base = judge(base, environment, oracle, prompt_oracle)
+    scores = None if base.images is None else base_scores(base, environment)
     for gamma in gammas:
         at = replace(environment, gamma=gamma)
-        tuned = draw_samples(policy, at, per_label, generator, batch_size=batch_size, description=f"gamma {gamma:g}")
+        name = f"gamma {gamma:g}"
+        tuned = draw_samples(policy, at, per_label, generator, batch_size=batch_size, description=name, distributed=distributed)
+        if tuned.images is None:
+            continue
         found = evaluate(tuned, base, at, label_names, oracle=oracle, prompt_oracle=prompt_oracle, scores=scores)
         given = [f"by_given.{name}." for name in _by_given(environment)]
         attributes = [key for key in found if key.startswith(("by_attribute.", "exact_by_attribute."))]
@@ -377,11 +427,19 @@ def evaluate_gammas(
     return out
 
 
+def lower_bounds(row: dict[str, Any]) -> set[str]:
+    """Which gaps among an evaluation's figures are only lower bounds, because the weights behind their log Z are too uneven."""
+    doubtful = {"gap"} if row.get("gap_is_lower_bound") else set()
+    return doubtful | ({"gap_from_base"} if row.get("base_smallest_ess", LOW_ESS) < LOW_ESS else set())
+
+
 def by_gamma(metrics: dict[str, Any]) -> dict[float, dict[str, float]]:
     """The rows of `evaluate_gammas` in a flat dict of metrics: {gamma: {NAME: value}}, in order of gamma."""
     rows: dict[float, dict[str, float]] = {}
     for key, value in metrics.items():
-        if key.startswith("by_gamma."):
-            gamma, name = re.match(r"by_gamma\.(.+?)\.([a-z_].*)", key).groups()  # both may have dots; a name starts with a letter
+        if found := re.fullmatch(
+            r"by_gamma\.(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\.([a-z_].*)", key
+        ):  # both may have dots; a name starts with a letter
+            gamma, name = found.groups()
             rows.setdefault(float(gamma), {})[name] = value
     return dict(sorted(rows.items()))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -39,6 +40,8 @@ from huggingface_hub.utils import validate_repo_id
 
 MAX_DOWNLOAD_BYTES = 16 * 2**30
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+XET_FUNCTIONS = ("_upload_xet_files", "xet_get")  # the client's own, in which hf_xet is called
+NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 def is_repo_id(name: str) -> bool:
@@ -84,6 +87,9 @@ def advice(error: BaseException) -> str | None:
 
     if any(isinstance(e, OSError) and e.errno in DISK_FULL for e in chain):
         return "the disk is full: free some space (the Hub's cache is in HF_HOME, or cache_dir=) and try again"
+    refused = next((e for e in chain if isinstance(e, OSError) and e.errno in NO_ACCESS and e.filename is not None), None)
+    if refused is not None:
+        return f"{refused.filename} cannot be read or written: check its permissions (the Hub's cache is in HF_HOME, or cache_dir=)"
     if first(HFValidationError):
         return "that is not a Hub id, which is written USER/NAME"
     if first(GatedRepoError):
@@ -99,6 +105,7 @@ def advice(error: BaseException) -> str | None:
             401: "the Hub did not accept the token: log in again (`hf auth login`) or pass another token=",
             403: "the token may not do this: pass one with write access to that namespace",
             404: "the Hub does not have it: check the name and revision=",
+            409: "someone else changed the repository meanwhile: try again",
             412: "someone else changed the repository meanwhile: try again",
             413: "the Hub found it too large",
             429: "the Hub had too many requests from here: wait some minutes and try again",
@@ -106,6 +113,9 @@ def advice(error: BaseException) -> str | None:
         if status in known:
             return known[status]
         return f"the Hub failed (status {status}): try again later" if status >= 500 else f"the Hub refused (status {status})"
+    if any(frame.name in XET_FUNCTIONS for e in chain for frame in traceback.extract_tb(e.__traceback__)):
+        # hf_xet raises ConnectionError, RuntimeError and others; the client does not go on without it
+        return "the Hub's Xet storage failed or could not be reached: try again, or go without it (HF_HUB_DISABLE_XET=1)"
     if any("TransportError" in {kind.__name__ for kind in type(e).__mro__} for e in chain):  # httpx's own, whichever release it is
         return f"the connection to {constants.ENDPOINT} broke or could not be made: check it and try again"
     if any("Consistency check failed" in str(e) for e in chain if isinstance(e, OSError)):
@@ -143,6 +153,7 @@ def download(
     names: Iterable[str],
     *,
     marker: str,
+    required: Iterable[str] = (),
     subfolder: str | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
@@ -154,6 +165,7 @@ def download(
 
     Args:
         marker: the file that says the repository is one of ours. It is fetched first.
+        required: of `names`, those that such a repository has. Where the Hub fails half-way, a cache that has them will do.
         subfolder: where in the repository to look.
 
     Returns:
@@ -185,7 +197,7 @@ def download(
             try:
                 infos = HfApi(token=token).get_paths_info(repo_id, wanted, revision=root.name)
             except Exception as error:  # the Hub went away: what is in the cache will do, as everywhere
-                if advice(error) is None:
+                if advice(error) is None or not all((root / prefix / name).is_file() for name in required):
                     raise
                 common |= {"local_files_only": True, "force_download": False}
             else:

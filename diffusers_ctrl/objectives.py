@@ -20,6 +20,8 @@ with any baseline b that does not depend on the trajectory. KL_k is exact, and o
 
 Signature: objective(policy, sampler, batch, log_likelihood, generator, **options) -> (loss, metrics), where
 log_likelihood(x_K, labels) -> (B,) nats is differentiable (but for policy_gradient), and metrics are floats: reward, kl, objective (= gamma·reward − kl).
+Loss and metrics are means over the rows of the batch, so that those of its parts, weighted by their sizes, make those of the whole. All random
+numbers from `generator` are rows' own; what is drawn once for a whole batch (`random_steps`) is given as an option.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ import torch
 from .experience import Experience, LogLikelihood, checked, collect
 from .paths import Path, StepLosses, backwards, gradients, scales_losses, walk
 from .policy import Policy
+from .randomness import RandomSource
 from .rollouts import Batch, Sampler, base_transition, rollout, tuned_transition
 from .transitions import Transition
 
@@ -58,7 +61,7 @@ def direct_backprop(
     sampler: Sampler,
     batch: Batch,
     log_likelihood: LogLikelihood,
-    generator: torch.Generator | None = None,
+    generator: RandomSource = None,
     *,
     truncation: int | None = None,
 ) -> tuple[torch.Tensor, Metrics]:
@@ -85,7 +88,7 @@ def _recomputed_backprop(
     sampler: Sampler,
     batch: Batch,
     log_likelihood: LogLikelihood,
-    generator: torch.Generator | None,
+    generator: RandomSource,
     grad_steps: int,
 ) -> tuple[torch.Tensor, Metrics]:
     """The same loss and gradient, a_k = ∂(−J)/∂x_k carried backwards: a_k = (∂x_{k+1}/∂x_k)ᵀ a_{k+1} + ∂KL_k/∂x_k, on fixed noise."""
@@ -150,23 +153,37 @@ def lean_adjoint(
         yield k, x.detach(), base, following
 
 
+def random_steps(sampler: Sampler, count: int, generator: torch.Generator | None = None) -> list[int]:
+    """A random subset of the noisy steps, by their numbers 0 … N−1."""
+    total = len(sampler.noisy_steps)
+    if not 1 <= count <= total:
+        raise ValueError(f"num_regression_steps must be between 1 and the number of noisy steps, {total}; got {count}.")
+    device = generator.device if generator is not None else "cpu"
+    return torch.randperm(total, generator=generator, device=device)[:count].tolist()
+
+
 def adjoint_matching(
     policy: Policy,
     sampler: Sampler,
     batch: Batch,
     log_likelihood: LogLikelihood,
-    generator: torch.Generator | None = None,
+    generator: RandomSource = None,
     *,
-    num_regression_steps: int | None = None,
+    steps: list[int] | None = None,
 ) -> tuple[torch.Tensor, Metrics]:
-    """Regression of the control on −sigma_k · adjoint[k+1], on a random subset of the noisy steps (all of them by default).
+    """Regression of the control on −sigma_k · adjoint[k+1]; memory does not grow with the number of steps regressed on.
 
-    The loss is an unbiased estimate of Σ_k ½‖u_k + sigma_k adjoint_{k+1}‖², averaged over the batch. The gradient of each step is taken on
-    the way back, so that memory does not grow with K (under float16 autocast it does, but for the policy's `checkpointing`).
+    The gradient of each step is taken on the way back, so that memory does not grow with K (under float16 autocast it does, but for the
+    policy's `checkpointing`).
+
+    Args:
+        steps: which noisy steps (0 … N−1) to regress on, all by default; the loss is scaled to stand for all. With `random_steps` it is
+            an unbiased estimate of Σ_k ½‖u_k + sigma_k adjoint_{k+1}‖², averaged over the batch.
     """
+    chosen = sampler.noisy_steps if steps is None else [sampler.noisy_steps[i] for i in steps]
+    scale = len(sampler.noisy_steps) / len(chosen)
     path = walk(policy, sampler, batch, generator)
     adjoint, reward = _final_adjoint(path.sample, batch, log_likelihood, "adjoint_matching")
-    chosen, scale = _chosen_steps(sampler, num_regression_steps, generator)
     losses, kl = StepLosses(policy, batch.noise), batch.noise.new_zeros(len(batch))
     for k, x, base, next_adjoint in lean_adjoint(policy, sampler, batch, path, adjoint):
         if k in chosen:
@@ -179,23 +196,12 @@ def adjoint_matching(
     return losses.total(), _metrics(reward, kl, batch)
 
 
-def _chosen_steps(sampler: Sampler, count: int | None, generator: torch.Generator | None) -> tuple[list[int], float]:
-    """A random subset of the noisy steps, and the factor that makes sums over it unbiased."""
-    noisy = torch.tensor(sampler.noisy_steps)
-    count = len(noisy) if count is None else count
-    if not 1 <= count <= len(noisy):
-        raise ValueError(f"num_regression_steps must be between 1 and the number of noisy steps, {len(noisy)}; got {count}.")
-    device = generator.device if generator is not None else "cpu"
-    order = torch.randperm(len(noisy), generator=generator, device=device).cpu()
-    return noisy[order[:count]].tolist(), len(noisy) / count
-
-
 def policy_gradient(
     policy: Policy,
     sampler: Sampler,
     batch: Batch,
     log_likelihood: LogLikelihood,
-    generator: torch.Generator | None = None,
+    generator: RandomSource = None,
     *,
     clip_range: float = 0.2,
     experience: Experience | None = None,
@@ -221,7 +227,7 @@ def policy_gradient(
             advantage = experience.advantages[i].to(ratio)
             gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage)
             losses.add((taken.kl(experience.base[i]) - gain).mean())
-    return losses.total() * len(noisy) / len(steps), _metrics(experience.reward, experience.kl, batch)
+    return losses.total() * len(noisy) / len(steps), _metrics(experience.reward, experience.kl.sum(0), batch)
 
 
 OBJECTIVES: dict[str, Callable[..., tuple[torch.Tensor, Metrics]]] = {

@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -27,7 +29,6 @@ from .adapters import (
     find_adapter,
     load_adapter,
     local_folder,
-    push_adapter,
     read_config,
     resolve_folder,
     save_adapter,
@@ -37,7 +38,7 @@ from .calls import Roles
 from .cards import save_card
 from .classifiers import Classifier
 from .controls import Control, StrengthHook, add_control, control_hook, remove_control
-from .export import bake_label
+from .export import bake_label, label_lora, write_lora
 from .hub import advice, explained
 from .injection import find_injection_site, site_width
 from .labels import Label, LabelSpace
@@ -53,6 +54,7 @@ from .sampling import (
     transition_options,
     union_space,
 )
+from .sharing import push_adapter
 
 
 HUB_KWARGS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only")
@@ -208,7 +210,7 @@ class CTRLPipeline(DiffusionPipeline):
         Args:
             adapter_name: which one, where there are several.
             kwargs: `base`, `base_revision`, `token`, `private`, `revision`, `subfolder`, `create_pr`, `commit_message`: see
-                `adapters.push_adapter`.
+                `sharing.push_adapter`.
 
         Raises:
             ValueError: if the adapter's base is a folder of this machine, or the upload fails; with what to do.
@@ -217,32 +219,72 @@ class CTRLPipeline(DiffusionPipeline):
 
         with tempfile.TemporaryDirectory() as temporary:
             folder = self.save_ctrl_adapter(Path(temporary) / "adapter", adapter_name)
-            save_card(folder, read_config(folder), prompts=[])
+            save_card(folder, read_config(folder))
             return push_adapter(folder, repo_id, **kwargs)
 
     def export_label(
-        self, label: Label, folder: str | os.PathLike, *, gamma: float | None = None, adapter_name: str | None = None
+        self,
+        label: Label,
+        folder: str | os.PathLike,
+        *,
+        gamma: float | None = None,
+        label_scale: float = 1.0,
+        adapter_name: str | None = None,
     ) -> Path:
         """Writes an ordinary pipeline folder that draws this one label, for people without this package: see `export.bake_label`, also
-        for what it does under classifier-free guidance.
+        for what it does under classifier-free guidance, and `label_scale`.
 
         Raises:
             ValueError: for an unknown label, or a time embedding into which no label can be baked; nothing is written then.
         """
         adapter = self._collect(adapter_name)
-        loaded = {name: self._collect(name) for name in self._ctrl_controls}
         name, denoiser = denoiser_of(self)
-        self.unload_ctrl_adapter()
-        try:
+        with self._without_adapters():
             plain = copy.deepcopy(denoiser)
-        finally:
-            for other, kept in loaded.items():
-                self.load_ctrl_adapter(kept, other)
         scheduler = labelled_scheduler(self.scheduler, adapter.config.sampler)
         baked = self._ctrl_base.from_pipe(self, **{name: plain}, scheduler=scheduler, dtype=plain.dtype)
-        bake_label(baked, adapter, label, gamma)
+        bake_label(baked, adapter, label, gamma, label_scale)
         baked.save_pretrained(folder)
         return Path(folder)
+
+    def export_lora(
+        self,
+        file: str | os.PathLike,
+        label: Label | None = None,
+        *,
+        gamma: float | None = None,
+        label_scale: float = 1.0,
+        naming: str | None = None,
+        call: dict[str, Any] | None = None,
+        adapter_name: str | None = None,
+    ) -> Path:
+        """Writes an ordinary LoRA file, for diffusers without this package and for other user interfaces: with one label in it, see
+        `export.label_lora`; without a label the adapter's LoRA alone, which then draws no label in particular.
+
+        Args:
+            naming: of the keys, "kohya" or "diffusers": see `export.write_lora`. call: see `export.label_lora`.
+
+        Raises:
+            ValueError: for an unknown label or naming, or a time embedding into which no label can be put; nothing is written then.
+        """
+        adapter = self._collect(adapter_name)
+        if label is None:
+            return write_lora(file, adapter.lora, adapter.config.denoiser, naming)
+        with self._without_adapters():
+            plain = self._ctrl_base.from_pipe(self, dtype=self.denoiser.dtype)
+            lora, errors = label_lora(plain, adapter, label, gamma, label_scale, call)
+        return write_lora(file, lora, adapter.config.denoiser, naming, label=label, label_scale=label_scale, **errors)
+
+    @contextmanager
+    def _without_adapters(self) -> Iterator[None]:
+        """Within the block the denoiser is the plain base."""
+        loaded = {name: self._collect(name) for name in self._ctrl_controls}
+        self.unload_ctrl_adapter()
+        try:
+            yield
+        finally:
+            for name, adapter in loaded.items():
+                self.load_ctrl_adapter(adapter, name)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Saves the base as an ordinary diffusers folder (plain `DiffusionPipeline` loads it) with the adapter beside it.
@@ -259,15 +301,11 @@ class CTRLPipeline(DiffusionPipeline):
                 f"This pipeline has the adapters {list(self._ctrl_controls)}, and a pipeline's folder has place for one: save each "
                 "with save_ctrl_adapter(folder, adapter_name)."
             )
-        (name,) = self._ctrl_controls
-        adapter = self._collect(name)
+        adapter = self._collect(None)
         # a LoRA in place would be written into the denoiser's keys, which nothing could load
-        self.unload_ctrl_adapter()
-        try:
+        with self._without_adapters():
             super().save_pretrained(save_directory, **kwargs)
             _restore_class_name(Path(save_directory))
-        finally:
-            self.load_ctrl_adapter(adapter, name)
         save_adapter(save_directory, adapter)
 
     def _loaded_name(self, adapter_name: str | None) -> str:
@@ -300,7 +338,8 @@ class CTRLPipeline(DiffusionPipeline):
         """The base's call, plus:
 
         Args:
-            label: a name, an index, a dict {attribute: value}, a list of these (one a prompt), or None for the base, bit for bit.
+            label: a name, an index, a dict {attribute: value}, a list of these (one a prompt), or None for the base, bit for bit;
+                None in a list is the base for that prompt.
             gamma: exponent of p̂(y | x); only for adapters trained with a range of gamma.
             strength: 0 = base, 1 = tuned (the default), in between or beyond by interpolation of the two outputs (two forwards then).
             label_strength: the same under a name that no base has. Image-to-image pipelines have a `strength` of their own (how much

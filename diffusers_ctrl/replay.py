@@ -78,7 +78,8 @@ def first(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output.sample
 
 
-def _with_first(output: Any, tensor: torch.Tensor) -> Any:
+def with_first(output: Any, tensor: torch.Tensor) -> Any:
+    """`output`, such an answer in any of its forms, with `tensor` in that place."""
     if isinstance(output, torch.Tensor):
         return tensor
     return (tensor, *output[1:]) if isinstance(output, tuple) else type(output)(sample=tensor)
@@ -95,7 +96,7 @@ def stand_in(step: Step, seed: int = 0) -> Callable[[int, int], Any]:
         known = step.calls[number % len(step.calls)].output
         like = first(known)
         noise = torch.randn(size, *like.shape[1:], generator=generator).to(like)
-        return _with_first(known, noise)
+        return with_first(known, noise)
 
     return answer
 

@@ -54,8 +54,8 @@ def requests(
 ) -> list[Request]:
     """Labels for `prompts` prompts -> what each adapter does.
 
-    A single adapter always acts, with no label where none is given. Of several, each acts on the samples whose label names one of
-    its attributes.
+    An adapter acts on the samples whose label names one of its attributes; a sample on which none acts is the base's. Of several
+    adapters, one of strength 0 has no part in the call.
 
     Raises:
         ValueError: for labels that the adapters do not know, a strength for an adapter that is not there, or a gamma that none takes.
@@ -64,13 +64,10 @@ def requests(
     for name, control in controls.items():
         own = labels[:, column : column + len(control.adapter.label_encoder.label_space)]
         column += own.shape[1]
-        weight: float | torch.Tensor = strengths[name]
-        if len(controls) > 1:
-            given = ~own.isnan().all(dim=1)
-            if not given.any() or weight == 0.0:
-                continue
-            weight = weight if given.all() else weight * given.float()
-        found.append(Request(control, own, control.adapter.config.gamma, weight))
+        given = ~own.isnan().all(dim=1)
+        if given.any() and (len(controls) == 1 or strengths[name] != 0.0):
+            weight = strengths[name] if given.all() else strengths[name] * given.float()
+            found.append(Request(control, own, control.adapter.config.gamma, weight))
     if gamma is None:
         return found
     takes = [request for request in found if request.control.adapter.config.gamma_range is not None]

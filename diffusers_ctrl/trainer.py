@@ -1,7 +1,8 @@
 """CTRLTrainer: draw a batch, ask the objective for a loss, step, log, save, resume. There is no diffusion mathematics in it.
 
-Every random number of update u, micro-batch m and process p comes from a generator seeded by (seed, u, m, p): a resumed run draws
-what the uninterrupted one would have drawn, with no generator state to save.
+Every random number of trajectory i of update u comes from a generator seeded by (seed, u, i), and what a batch draws once from one seeded
+by (seed, u). So a resumed run draws what the uninterrupted one would have drawn, with no generator state to save, and an update is the
+same however its batch is cut into micro-batches and dealt out to processes.
 """
 
 from __future__ import annotations
@@ -15,24 +16,24 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from . import processes
 from .conditions import Condition
-from .experience import Baseline, NonFiniteError, collect
+from .experience import Baseline, Experience, NonFiniteError, collect, less_baseline
 from .labels import label_grid
-from .objectives import OBJECTIVES
+from .objectives import OBJECTIVES, random_steps
 from .policy import Policy
+from .randomness import TrajectoryNoise, batch_seeds
 from .rollouts import Batch, Environment, Sampler, in_chunks
 from .tracking import BAR, tracker_names
 from .transitions import start_snr
@@ -84,8 +85,12 @@ class CTRLConfig:
     reward_batch_size: int | None = _option(
         None, "Samples decoded and scored at a time; all by default. Same gradient, less memory."
     )
-    batch_size: int = _option(64, "Trajectories per micro-batch and process.")
-    gradient_accumulation_steps: int = _option(1, "Micro-batches per update.")
+    batch_size: int = _option(64, "Trajectories at a time on each process: a micro-batch.")
+    gradient_accumulation_steps: int = _option(1, "Micro-batches per update on each process.")
+    global_batch_size: int | None = _option(
+        None,
+        "Trajectories per update on all processes together, in as many micro-batches as it takes: the same update on any number.",
+    )
     max_updates: int = _option(300, "Optimizer updates.")
     learning_rate: float = _option(1e-3, "AdamW learning rate of LoRA, at its peak.")
     label_learning_rate: float = _option(1e-2, "AdamW learning rate of the label encoder, at its peak.")
@@ -120,6 +125,7 @@ class CTRLConfig:
         for name in (
             "batch_size",
             "gradient_accumulation_steps",
+            "global_batch_size",
             "max_updates",
             "num_inference_steps",
             "lora_rank",
@@ -130,12 +136,13 @@ class CTRLConfig:
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
+            raise ValueError("Give global_batch_size or gradient_accumulation_steps, not both: the one follows from the other.")
 
     def objective_options(self) -> dict[str, Any]:
         """The chosen objective's own options."""
         own = {
             "direct_backprop": ("truncation",),
-            "adjoint_matching": ("num_regression_steps",),
             "policy_gradient": ("clip_range",),
         }
         return {name: getattr(self, name) for name in own.get(self.objective, ())}
@@ -186,7 +193,7 @@ class CTRLTrainer:
         shape: (C, H, W) of a latent. labels: (M, A), the labels to learn; by default `label_grid` of the policy's label space.
         decode, prompt_embeds, null_embeds: see `Environment`.
         log_partition: estimate of the mean log Z in nats, for the gap shown in the progress bar.
-        save_images: called with (update, policy) at every `sample_every`.
+        save_images: called with (update, policy) at every `sample_every`, on every process.
     """
 
     def __init__(
@@ -207,9 +214,16 @@ class CTRLTrainer:
     ) -> None:
         self.config = config
         self.output_dir = Path(config.output_dir)
-        self.accelerator = accelerator or Accelerator(
-            mixed_precision=config.mixed_precision, log_with=tracker_names(config.report_to) or None, project_dir=str(self.output_dir)
+        self.accelerator = accelerator or processes.make_accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=tracker_names(config.report_to) or None,
+            project_dir=str(self.output_dir),
         )
+        self.batch_size = config.global_batch_size or config.batch_size * config.gradient_accumulation_steps * processes.count()
+        if self.batch_size < processes.count():
+            raise ValueError(
+                f"global_batch_size = {self.batch_size} leaves some of the {processes.count()} processes without work."
+            )
         device = self.accelerator.device
         self.policy = policy.to(device)
         spread = None
@@ -247,7 +261,7 @@ class CTRLTrainer:
         # LoRA and the label encoder train in float32 whatever the base is stored in
         for parameter in (*groups["lora"], *groups["label_encoder"]):
             parameter.data = parameter.data.float()
-            parameter.data = broadcast(parameter.data)
+        processes.broadcast(parameter.data for group in groups.values() for parameter in group)
         self.peaks = [config.learning_rate, config.label_learning_rate]
         optimizer = torch.optim.AdamW(
             [{"params": groups["lora"], "lr": self.peaks[0]}, {"params": groups["label_encoder"], "lr": self.peaks[1]}],
@@ -278,6 +292,9 @@ class CTRLTrainer:
         if config.report_to != "none":
             settings = {k: v for k, v in asdict(config).items() if isinstance(v, (int, float, str, bool))}
             self.accelerator.init_trackers("ctrl", config=settings)
+        self.accelerator.print(
+            f"{self.batch_size} trajectories an update, at most {config.batch_size} at a time on each of {processes.count()} process(es)"
+        )
         bar = tqdm(total=config.max_updates, initial=self.update, desc="training", bar_format=BAR, disable=not main)
         smooth = None
         while self.update < config.max_updates:
@@ -293,8 +310,7 @@ class CTRLTrainer:
             self.update += 1
             seconds = time.perf_counter() - started
             self.seconds += seconds
-            size = config.batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
-            rate = size / seconds
+            rate = self.batch_size / seconds
             smooth = metrics["objective"] if smooth is None else 0.9 * smooth + 0.1 * metrics["objective"]
             if self.log_partition is not None:
                 metrics["gap_estimate"] = self.log_partition - smooth
@@ -309,7 +325,7 @@ class CTRLTrainer:
             bar.update()
             if config.checkpoint_every and self.update % config.checkpoint_every == 0:
                 self._save_checkpoint()
-            if main and self.save_images is not None and config.sample_every and self.update % config.sample_every == 0:
+            if self.save_images is not None and config.sample_every and self.update % config.sample_every == 0:
                 self.save_images(self.update, self.policy)
         bar.close()
         self._save_checkpoint()
@@ -323,11 +339,6 @@ class CTRLTrainer:
         warm = min(1.0, (update + 1) / max(config.lr_warmup, 1))
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, update / config.max_updates)))
         return warm * (config.lr_final + (1 - config.lr_final) * cosine)
-
-    def _generator(self, micro: int) -> torch.Generator:
-        entropy = (self.config.seed, self.update, micro, self.accelerator.process_index)
-        seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
-        return torch.Generator(self.accelerator.device).manual_seed(seed)
 
     def _step(self) -> dict[str, float]:
         """One update. Where it takes several optimizer steps and one fails, all are taken back."""
@@ -348,85 +359,115 @@ class CTRLTrainer:
             raise
 
     def _update(self) -> dict[str, float]:
-        config, accelerator = self.config, self.accelerator
+        config, device = self.config, self.accelerator.device
         environment = self.coarse if self.update < config.coarse_updates else self.environment
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * self.learning_rate(self.update)
-        options = config.objective_options()
-        work: list[tuple[Batch, torch.Generator, list[dict[str, Any]]]] = []
-        for micro in range(config.gradient_accumulation_steps):
-            generator = self._generator(micro)
-            batch = environment.draw(config.batch_size, generator)
-            passes = [options]
-            if config.objective == "policy_gradient":
-                passes = [options | part for part in self._experience(environment, batch, generator, micro)]
-            work.append((batch, generator, passes))
+        once, *each = batch_seeds(self.batch_size, config.seed, self.update)
+        shared = torch.Generator(device).manual_seed(once)
+        choice = environment.choose(self.batch_size, shared)
+        passes = self._passes(environment, shared)
+
+        def start(rows: range) -> tuple[Batch, TrajectoryNoise]:
+            noise = TrajectoryNoise(each[rows.start : rows.stop], device)
+            return environment.start(choice[rows.start : rows.stop], noise), noise
+
+        own = processes.share(self.batch_size)
+        micros = [own[at : at + config.batch_size] for at in range(0, len(own), config.batch_size)]
+        work: Iterable[tuple[Batch, TrajectoryNoise, dict[str, Any]]]
+        if config.objective == "policy_gradient":
+            started = [start(rows) for rows in micros]
+            experiences = self._experience(environment, started)
+            work = [(*one, {"experience": experience}) for one, experience in zip(started, experiences, strict=True)]
+        else:
+            work = ((*start(rows), {}) for rows in micros)  # one pass: a micro-batch is made when its turn comes
         totals: dict[str, float] = {}
-        for index in range(len(work[0][2])):
-            totals = {}
-            for micro, (batch, generator, passes) in enumerate(work):
-                with self._naming(micro), self.policy.merged(config.merge_lora):
+        for options in passes:
+            totals = self._optimize(self._gradient(environment, work, len(micros), config.objective_options() | options))
+        return totals
+
+    def _passes(self, environment: Environment, generator: torch.Generator) -> list[dict[str, Any]]:
+        """The options of each optimizer step of an update that are drawn once for all of its batch: which steps it learns from."""
+        config, count = self.config, len(environment.sampler.noisy_steps)
+        if config.objective == "adjoint_matching" and config.num_regression_steps is not None:
+            return [{"steps": random_steps(environment.sampler, config.num_regression_steps, generator)}]
+        if config.objective != "policy_gradient":
+            return [{}]
+        passes = []
+        for _ in range(config.ppo_epochs):
+            order = torch.tensor(random_steps(environment.sampler, count, generator))
+            passes += [{"steps": part.tolist()} for part in order.tensor_split(min(config.ppo_minibatches, count))]
+        return passes
+
+    def _gradient(
+        self,
+        environment: Environment,
+        work: Iterable[tuple[Batch, TrajectoryNoise, dict[str, Any]]],
+        count: int,
+        options: dict[str, Any],
+    ) -> dict[str, float]:
+        """Adds this process's share to the gradient, `count` micro-batches; returns its share of the metrics."""
+        totals: dict[str, float] = {}
+        with self._together():
+            for micro, (batch, noise, own) in enumerate(work):
+                share = len(batch) / self.batch_size
+                with self._naming(micro, count), self.policy.merged(self.config.merge_lora):
                     with self.accelerator.autocast():
-                        loss, metrics = OBJECTIVES[config.objective](
-                            self.policy, environment.sampler, batch, environment.log_likelihood, generator, **passes[index]
+                        loss, metrics = OBJECTIVES[self.config.objective](
+                            self.policy, environment.sampler, batch, environment.log_likelihood, noise, **own, **options
                         )
                     if not torch.isfinite(loss):
                         raise NonFiniteError(f"the loss is {loss.item()}")
-                    accelerator.backward(loss / config.gradient_accumulation_steps)
+                    self.accelerator.backward(loss * share)
                 for name, value in metrics.items():
-                    totals[name] = totals.get(name, 0.0) + value / config.gradient_accumulation_steps
-            totals = self._optimize(totals)
+                    totals[name] = totals.get(name, 0.0) + value * share
         return totals
 
-    def _experience(
-        self, environment: Environment, batch: Batch, generator: torch.Generator, micro: int
-    ) -> Iterator[dict[str, Any]]:
-        """policy_gradient's trajectories, and for each of its optimizer steps the noisy steps that it learns from."""
-        with self._naming(micro), self.policy.merged(self.config.merge_lora), self.accelerator.autocast():
-            experience = collect(
-                self.policy,
-                environment.sampler,
-                batch,
-                environment.log_likelihood,
-                generator,
-                self._baseline(environment),
-                lookahead=environment.log_likelihoods if self.config.lookahead_critic else None,
-                gae_lambda=self.config.gae_lambda,
-            )
-        count = len(environment.sampler.noisy_steps)
-        for _ in range(self.config.ppo_epochs):
-            order = torch.randperm(count, generator=generator, device=generator.device).cpu()
-            for part in order.tensor_split(min(self.config.ppo_minibatches, count)):
-                yield {"experience": experience, "steps": part.tolist()}
+    def _experience(self, environment: Environment, started: list[tuple[Batch, TrajectoryNoise]]) -> list[Experience]:
+        """policy_gradient's trajectories of each micro-batch."""
+        lookahead = environment.log_likelihoods if self.config.lookahead_critic else None
+        found = []
+        with self._together():
+            for micro, (batch, noise) in enumerate(started):
+                with self._naming(micro, len(started)), self.policy.merged(self.config.merge_lora), self.accelerator.autocast():
+                    arguments = (self.policy, environment.sampler, batch, environment.log_likelihood, noise)
+                    found.append(collect(*arguments, lookahead=lookahead))
+        batches = [batch for batch, _ in started]
+        return less_baseline(found, batches, self._baseline(environment), self.config.gae_lambda)
 
     def _baseline(self, environment: Environment) -> Baseline:
         shape = len(environment.labels), environment.num_prompts, len(environment.sampler.noisy_steps)
         features = 1 + len(environment.labels) if self.config.lookahead_critic else 0
         if self.baseline is None or (self.baseline.mean.shape, self.baseline.moments.shape[2]) != (shape, features):
             self.baseline = Baseline(*shape, features=features)
-        if self.accelerator.num_processes > 1:
-            self.baseline.gather = self.accelerator.gather
+        self.baseline.gather = processes.gather_rows
         return self.baseline
 
     @contextlib.contextmanager
-    def _naming(self, micro: int) -> Iterator[None]:
-        """Adds the micro-batch to the message of a NaN, and leaves no half gradient."""
+    def _naming(self, micro: int, count: int) -> Iterator[None]:
+        """Adds the micro-batch to the message of a NaN."""
         try:
             yield
         except NonFiniteError as error:
+            raise NonFiniteError(f"in micro-batch {micro + 1} of {count}, {error}") from error
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """A NaN on one process is raised on all of them, and leaves no half gradient."""
+        try:
+            with processes.together(NonFiniteError):
+                yield
+        except NonFiniteError:
             self.optimizer.zero_grad(set_to_none=True)
-            raise NonFiniteError(f"in micro-batch {micro + 1} of {self.config.gradient_accumulation_steps}, {error}") from error
+            raise
 
     def _optimize(self, totals: dict[str, float]) -> dict[str, float]:
         """One optimizer step from the gradients of all processes; the metrics with the gradient's norm."""
         config, accelerator = self.config, self.accelerator
         parameters = list(self._named.values())
-        if accelerator.num_processes > 1:
-            # not DistributedDataParallel: an objective calls the policy many times, and its reference, before one backward
-            for parameter in parameters:
-                parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
-            values = accelerator.reduce(torch.tensor(list(totals.values()), device=accelerator.device), reduction="mean")
-            totals = dict(zip(totals, values.tolist(), strict=True))
+        # not DistributedDataParallel: an objective calls the policy many times, and its reference, before one backward
+        processes.sum_gradients(parameters)
+        totals = dict(zip(totals, processes.sum_over(totals.values()), strict=True))
         norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
         if not torch.isfinite(torch.as_tensor(norm)) and config.mixed_precision != "fp16":
             self.optimizer.zero_grad(set_to_none=True)

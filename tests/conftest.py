@@ -16,12 +16,10 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from diffusers import (  # noqa: E402
-    AutoencoderKL,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
     StableDiffusionPipeline,
-    UNet2DConditionModel,
     UNet2DModel,
 )
 from transformers import CLIPTextConfig, CLIPTextModel  # noqa: E402
@@ -42,6 +40,7 @@ from diffusers_ctrl.adapters import (  # noqa: E402
     package_versions,
     save_adapter,
 )
+from families import tiny_unet, tiny_vae  # noqa: E402
 
 
 diffusers.utils.logging.disable_progress_bar()
@@ -67,26 +66,7 @@ def write_sd(folder: Path) -> Path:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=16,
-        attention_head_dim=4,
-    )
-    vae = AutoencoderKL(
-        sample_size=16,
-        block_out_channels=(4, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=2,
-        mid_block_add_attention=False,
-    )
+    unet, vae = tiny_unet(cross_attention_dim=16), tiny_vae()
     scheduler = DDIMScheduler(
         beta_schedule="squaredcos_cap_v2",
         prediction_type="v_prediction",
@@ -151,6 +131,11 @@ def make_adapter(base: Path, pipe: diffusers.DiffusionPipeline, options: dict, g
         injection_site=policy.injection_site,
         versions=package_versions(),
         metrics={"gap": 0.25, "gap_se": 0.01},
+        training={
+            "data": [{"attribute": "stroke", "dataset": "none: random weights", "images": 0, "labels": {"thin": 0, "bold": 0}}],
+            "settings": {"prompts": ["one", "seven"], "lora_rank": 2, "merge_lora": False},
+            "compute": {"device": "cpu", "processes": 1},
+        },
     )
     classifier = Classifier(SPACE.to_dict(), image_size=8, widths=(4, 8), temperatures=(1.5,)).eval()
     return collect_adapter(config, pipe.unet, policy.label_encoder, classifier)
@@ -158,6 +143,16 @@ def make_adapter(base: Path, pipe: diffusers.DiffusionPipeline, options: dict, g
 
 def pytest_addoption(parser):
     parser.addoption("--fuzz-seed", default="0", help="seed of the spoilt files in test_fuzz.py")
+
+
+THREADS = torch.get_num_threads()
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    """train_ctrl.main takes all cores for its process, and the number of threads changes bits of later tests."""
+    yield
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session")
@@ -258,7 +253,7 @@ def pushed(hub, client, trained):
     from hub_client import ADAPTER, TOKEN
 
     url = client.ok(
-        "from diffusers_ctrl.adapters import push_adapter; result = push_adapter(folder, repo, token=token)",
+        "from diffusers_ctrl.sharing import push_adapter; result = push_adapter(folder, repo, token=token)",
         folder=str(trained),
         repo=ADAPTER,
         token=TOKEN,

@@ -167,7 +167,7 @@ def _gemma() -> tuple[GemmaTokenizer, Gemma2Model]:
     return tokenizer, Gemma2Model(config)
 
 
-def _vae(**kwargs: Any) -> AutoencoderKL:
+def tiny_vae(**kwargs: Any) -> AutoencoderKL:
     return AutoencoderKL(
         sample_size=16,
         block_out_channels=(4, 8),
@@ -181,7 +181,7 @@ def _vae(**kwargs: Any) -> AutoencoderKL:
     )
 
 
-def _unet(**kwargs: Any) -> UNet2DConditionModel:
+def tiny_unet(**kwargs: Any) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16),
@@ -197,10 +197,10 @@ def _unet(**kwargs: Any) -> UNet2DConditionModel:
 def _stable_diffusion(name: str) -> Family:
     tokenizer = _clip_tokenizer()
     pipe = StableDiffusionPipeline(
-        vae=_vae(),
+        vae=tiny_vae(),
         text_encoder=_clip(CLIPTextModel, tokenizer),
         tokenizer=tokenizer,
-        unet=_unet(cross_attention_dim=WIDTH),
+        unet=tiny_unet(cross_attention_dim=WIDTH),
         scheduler=PNDMScheduler(**{k: v for k, v in DIFFUSION.items() if k != "clip_sample"}, skip_prk_steps=True),
         safety_checker=None,
         feature_extractor=None,
@@ -220,14 +220,14 @@ def _stable_diffusion(name: str) -> Family:
 
 def _stable_diffusion_xl(name: str) -> Family:
     tokenizer = _clip_tokenizer()
-    unet = _unet(
+    unet = tiny_unet(
         cross_attention_dim=2 * WIDTH,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=WIDTH + 6 * 8,
     )
     pipe = StableDiffusionXLPipeline(
-        vae=_vae(),
+        vae=tiny_vae(),
         text_encoder=_clip(CLIPTextModel, tokenizer),
         text_encoder_2=_clip(CLIPTextModelWithProjection, tokenizer),
         tokenizer=tokenizer,
@@ -267,7 +267,7 @@ def _stable_diffusion_3(name: str) -> Family:
     pipe = StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=_vae(shift_factor=0.1),
+        vae=tiny_vae(shift_factor=0.1),
         text_encoder=_clip(CLIPTextModelWithProjection, clip_tokenizer),
         tokenizer=clip_tokenizer,
         text_encoder_2=_clip(CLIPTextModelWithProjection, clip_tokenizer),
@@ -303,7 +303,7 @@ def _flux(name: str) -> Family:
     shifting = {"shift": 3.0, "use_dynamic_shifting": True}
     pipe = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**shifting),
-        vae=_vae(shift_factor=0.1),
+        vae=tiny_vae(shift_factor=0.1),
         text_encoder=_clip(CLIPTextModel, tokenizer),
         tokenizer=tokenizer,
         text_encoder_2=t5,
@@ -338,7 +338,7 @@ def _pixart_sigma(name: str) -> Family:
     pipe = PixArtSigmaPipeline(
         tokenizer=tokenizer,
         text_encoder=t5,
-        vae=_vae(),
+        vae=tiny_vae(),
         transformer=transformer,
         scheduler=DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02),
     )
@@ -413,7 +413,7 @@ def _dit(name: str) -> Family:
         norm_num_groups=4,
         num_embeds_ada_norm=1000,  # the pipeline's null class is 1000
     )
-    pipe = DiTPipeline(transformer, _vae(), DDIMScheduler(clip_sample=False), id2label={0: "zero", 7: "seven, sept"})
+    pipe = DiTPipeline(transformer, tiny_vae(), DDIMScheduler(clip_sample=False), id2label={0: "zero", 7: "seven, sept"})
     return Family(
         name,
         pipe,

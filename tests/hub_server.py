@@ -77,7 +77,10 @@ class Fault:
     """What goes wrong with the next `times` requests whose "METHOD /path" the pattern is found in."""
 
     pattern: str
-    kind: str  # status | cut (half of the body, then the connection closes) | lost (done, but no answer) | garbled (other bytes)
+    kind: str
+    """status: it is answered with that. cut: half of the request's or the answer's body, then the connection closes. stall: half of it,
+    and then nothing, until `HubServer.release`. held: it is done, and the answer waits for that. lost: done, but no answer. short: half of
+    the answer, as if that were all. garbled: other bytes."""
     times: int = 1
     status: int = 503
 
@@ -105,6 +108,7 @@ class HubServer:
         self.parts: dict[tuple[str, int], bytes] = {}
         self.faults: list[Fault] = []
         self.requests: list[str] = []
+        self.stalled, self.released = threading.Event(), threading.Event()
         self.lock = threading.RLock()
         self.http = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"hub": self}))
         self.http.daemon_threads = True
@@ -120,7 +124,14 @@ class HubServer:
         self.http.server_close()
 
     def fail(self, pattern: str, kind: str = "status", *, times: int = 1, status: int = 503) -> None:
+        self.released.clear()
         self.faults.append(Fault(pattern, kind, times, status))
+
+    def release(self) -> None:
+        """Ends all faults, and lets the requests go that stand still."""
+        self.faults.clear()
+        self.released.set()
+        self.stalled.clear()
 
     def create(self, repo_id: str, files: dict[str, bytes] | None = None, *, private: bool = False, gated: bool = False) -> Repo:
         """A repository made on the server's side, with a first commit as the Hub makes one."""
@@ -160,7 +171,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         split = urlsplit(self.path)
         line = f"{self.command} {unquote(split.path)}"
-        self.sent = False
+        self.finish_later = False
         with self.hub.lock:
             self.hub.requests.append(line)
             self.fault = next((f for f in self.hub.faults if f.times > 0 and re.search(f.pattern, line)), None)
@@ -168,14 +179,19 @@ class _Handler(BaseHTTPRequestHandler):
                 self.fault.times -= 1
         kind = self.fault.kind if self.fault is not None else None
         size = int(self.headers.get("Content-Length") or 0)
-        if kind == "cut" and size:
+        if kind in ("cut", "stall") and size:
             self.rfile.read(size // 2)
+            if kind == "stall":
+                self._stand_still()
             return self._hang_up()
         body = self._chunked() if self.headers.get("Transfer-Encoding") == "chunked" else self.rfile.read(size)
         try:
             if kind == "status":
                 raise Refused(self.fault.status, "", "the loopback Hub was told to fail here")
             self._route(split.path, parse_qs(split.query), body)
+            if self.finish_later:  # without the Hub's lock: others are served meanwhile
+                self._stand_still()
+                self._hang_up()
         except Refused as refused:
             headers = {"X-Error-Code": refused.code, "X-Error-Message": refused.message}
             self._json({"error": refused.message, **refused.body}, refused.status, {k: v for k, v in headers.items() if v})
@@ -192,6 +208,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         self.connection.shutdown(2)
 
+    def _stand_still(self) -> None:
+        self.hub.stalled.set()
+        self.hub.released.wait(120)
+
     def _json(self, data: object, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self._answer(json.dumps(data).encode(), status, {"Content-Type": "application/json", **(headers or {})})
 
@@ -199,6 +219,11 @@ class _Handler(BaseHTTPRequestHandler):
         kind = self.fault.kind if self.fault is not None else None
         if kind == "lost":
             return self._hang_up()
+        if kind == "held":
+            self.finish_later = True
+            return None
+        if kind == "short" and self.command != "HEAD":
+            body = body[: len(body) // 2]
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
@@ -206,10 +231,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        if kind == "cut":
+        if kind in ("cut", "stall"):
             self.wfile.write(body[: len(body) // 2])
             self.wfile.flush()
-            return self._hang_up()
+            self.finish_later = kind == "stall"
+            return None if self.finish_later else self._hang_up()
         self.wfile.write(bytes(255 - byte for byte in body) if kind == "garbled" else body)
 
     # -- who may do what --

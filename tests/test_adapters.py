@@ -94,6 +94,7 @@ def test_the_config_file(folder):
         "injection_site",
         "versions",
         "metrics",
+        "training",
         "format_version",
     ]
     assert list(config["base"]) == ["id", "revision", "denoiser_sha256"]

@@ -231,7 +231,7 @@ def lumina():
             cap_feat_dim=16,
         )
         scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
-        pipe = Lumina2Pipeline(transformer, scheduler, families._vae(shift_factor=0.1), encoder, tokenizer)
+        pipe = Lumina2Pipeline(transformer, scheduler, families.tiny_vae(shift_factor=0.1), encoder, tokenizer)
         for module in (transformer, pipe.vae, encoder):
             families._spread(module)
             module.eval().requires_grad_(False)

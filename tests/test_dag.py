@@ -12,6 +12,8 @@ import pytest
 PACKAGE = "diffusers_ctrl"
 ORDER = (
     "assets",  # a leaf: any file may import it
+    "processes",
+    "randomness",
     "untrusted",
     "hub",
     "labels",
@@ -40,7 +42,9 @@ ORDER = (
     "export",
     "accuracy",
     "evaluation",
+    "baked",
     "cards",
+    "sharing",
     "pipelines",
     "tracking",
     "trainer",

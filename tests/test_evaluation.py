@@ -8,7 +8,17 @@ import torch
 
 from diffusers_ctrl import Categorical, Continuous, LabelSpace, Policy
 from diffusers_ctrl.accuracy import confusion_matrix, measure
-from diffusers_ctrl.evaluation import certificate, certify, draw_samples, evaluate, exact_law
+from diffusers_ctrl.evaluation import (
+    by_gamma,
+    certificate,
+    certify,
+    draw_samples,
+    evaluate,
+    evaluate_gammas,
+    exact_law,
+    judge,
+    lower_bounds,
+)
 from diffusers_ctrl.labels import label_grid
 from diffusers_ctrl.rollouts import Environment, Sampler
 from problems import GaussianDenoiser, GaussianLikelihood, affine_steps, cosine_scheduler, exact_log_partition, posterior_moments
@@ -150,7 +160,7 @@ def test_the_exact_law_from_base_samples():
     def oracle(x: torch.Tensor) -> torch.Tensor:
         return (x[:, 0] > 0.3).long()
 
-    found = exact_law(base, environment, oracle)
+    found = exact_law(judge(base, environment, oracle), environment)
     assert abs(found["base_log_partition"] - known_log_z(environment)) < 4 * found["base_log_partition_se"]
     steps, expected = affine_steps(*PRIOR, environment.sampler), 0.0
     for row, y in enumerate(OBSERVATIONS):
@@ -242,3 +252,29 @@ def test_training_draws_continuous_labels_within_their_interval_and_leaves_the_o
 def test_an_oracle_of_another_shape_is_named():
     with pytest.raises(ValueError, match=r"must measure 2 attributes of each of 3 images; it gave \(3, 1\)"):
         measure(lambda x: torch.zeros(3), torch.zeros(3, 2), torch.zeros(3, 2))
+
+
+def test_an_oracle_is_asked_once_about_each_sample():
+    policy, environment = gaussian(0.2)
+    generator, asked = torch.Generator().manual_seed(0), []
+
+    def oracle(x: torch.Tensor) -> torch.Tensor:
+        asked.append(len(x))
+        return (x[:, 0] > 0.3).long()
+
+    tuned, base = (draw_samples(policy, environment, 30, generator, tuned=which, progress=False) for which in (True, False))
+    tuned, base = (judge(samples, environment, oracle) for samples in (tuned, base))
+    evaluate(tuned, base, environment, ["low", "high"], oracle=oracle)
+    evaluate_gammas(policy, environment, base, [0.5, 2.0], 20, generator, ["low", "high"], oracle=oracle)
+    assert asked == [60, 60, 40, 40]
+
+
+def test_a_doubtful_gap_says_so_at_every_gamma():
+    """The untuned model's weights at a large gamma are too uneven, at a small one they are not; the same for the base's samples."""
+    policy, environment = gaussian(0.0)
+    generator = torch.Generator().manual_seed(0)
+    base = draw_samples(policy, environment, 40, generator, tuned=False, progress=False)
+    metrics = evaluate_gammas(policy, environment, base, [0.1, 100.0], 40, generator, ["low", "high"])
+    rows = by_gamma(metrics)
+    assert lower_bounds(rows[0.1]) == set() and lower_bounds(rows[100.0]) == {"gap", "gap_from_base"}
+    assert rows[100.0]["smallest_ess"] < 10 < rows[0.1]["smallest_ess"]

@@ -1,12 +1,31 @@
 """What goes wrong while an adapter is saved, uploaded or downloaded. Whatever it is, nothing half-written is ever loaded, the error says what
 to do, and a second try succeeds. Real HTTP, real file systems; disks are filled by RLIMIT_FSIZE (writing fails with EFBIG), processes are
-ended by SIGKILL.
+ended by SIGKILL while the server stands still in the middle.
+
+| fault | upload | download | save |
+| --- | --- | --- | --- |
+| connection cut in the middle | of a large file, of the commit | of the weights, of the config | |
+| answer lost | to the commit | | |
+| server stops sending (time-out) | | of the weights | |
+| no connection | | empty and filled cache | |
+| 500, 502, 503 | storage, commit, start | storage, Hub, base | |
+| 429 | commit | any request | |
+| 409, 412: someone else pushed | commit | | |
+| 401: the token expires on the way | storage, commit | weights | |
+| part of a file, with headers as if it were whole | | weights | |
+| other bytes than the Hub has | | weights | |
+| disk full | | three sizes | before each file |
+| folder that cannot be written | | cache | target |
+| SIGKILL | in a large file, in the commit, after it | in the config, the weights, the base | before each step, at random |
+| locks and parts left behind by a killed process | | config, weights, base | folder |
 """
 
 import os
 import random
 import resource
 import signal
+import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,12 +33,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_client import BASE, TOKEN, Raised
+from hub_client import BASE, TOKEN, Raised, environment
 
 from diffusers_ctrl.adapters import ADAPTER_FILES, load_adapter, save_adapter
 
 
-PUSH = "from diffusers_ctrl.adapters import push_adapter; result = push_adapter(folder, repo, token=token)"
+PUSH = "from diffusers_ctrl.sharing import push_adapter; result = push_adapter(folder, repo, token=token)"
 LOAD = "result = draw(CTRLPipeline.from_pretrained(repo, cache_dir=cache, **more))"
 ALWAYS = 1000
 
@@ -28,7 +47,7 @@ ALWAYS = 1000
 def no_faults_left(request):
     yield
     if "hub" in request.fixturenames:
-        request.getfixturevalue("hub").faults.clear()
+        request.getfixturevalue("hub").release()
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +68,9 @@ UPLOAD_FAULTS = {
     "the Hub fails at the start": ("POST /api/repos/create", "status", 502, "try again later"),
     "too many requests": ("POST .*/(preupload|commit)/", "status", 429, "wait some minutes"),
     "someone else pushes": ("POST .*/commit/", "status", 412, "try again"),
+    "someone else pushes at the same time": ("POST .*/commit/", "status", 409, "try again"),
+    "the token expires before the files": ("POST .*/objects/batch", "status", 401, "did not accept the token"),
+    "the token expires before the commit": ("POST .*/commit/", "status", 401, "did not accept the token"),
 }
 
 
@@ -103,6 +125,9 @@ DOWNLOAD_FAULTS = {
     "the storage fails": ("GET /cdn/", "status", 503, "try again later"),
     "the Hub fails": ("(HEAD|GET) /(api/models/)?user/(?!tiny-sd)", "status", 500, "try again later"),
     "too many requests": ("(HEAD|GET|POST) ", "status", 429, "wait some minutes"),
+    "the token expires after the config": ("POST .*/paths-info/", "status", 401, "did not accept the token"),
+    "the token expires before the weights": ("(HEAD|GET) /(?!cdn|api).*safetensors", "status", 401, "did not accept the token"),
+    "half of the weights come as if that were all": ("GET /cdn/", "short", 0, "incomplete"),
     "the base fails": (f"(HEAD|GET) /(api/models/)?{BASE}", "status", 503, "try again later"),
 }
 
@@ -167,6 +192,117 @@ def test_the_disk_fills_while_downloading(hub, client, pushed, images, tmp_path)
         client.ok("resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))")
         assert isinstance(raised, Raised) and "disk is full" in raised.message, raised.message
         assert client.ok(LOAD, repo=pushed, cache=str(tmp_path / str(limit)), more={}) == images
+
+
+def test_a_server_that_stops_sending(hub, client, pushed, images, tmp_path):
+    """It is given up after the Hub client's own time, ten seconds or HF_HUB_DOWNLOAD_TIMEOUT, here less."""
+    client.ok("import huggingface_hub.constants as c; before, c.HF_HUB_DOWNLOAD_TIMEOUT = c.HF_HUB_DOWNLOAD_TIMEOUT, 0.3")
+    hub.fail("GET /cdn/", "stall", times=ALWAYS)
+    try:
+        raised = client(LOAD, repo=pushed, cache=str(tmp_path), more={})
+    finally:
+        client.ok("c.HF_HUB_DOWNLOAD_TIMEOUT = before")
+    assert "ValueError" in raised.kinds and "connection" in raised.message and raised.message.count("\n") == 0
+    hub.release()
+    assert client.ok(LOAD, repo=pushed, cache=str(tmp_path), more={}) == images
+
+
+def test_a_cache_that_cannot_be_written(client, pushed, images, tmp_path):
+    (tmp_path / "file").write_text("")
+    if os.geteuid() == 0:
+        cache = tmp_path / "file" / "cache"  # root may write anywhere but below a file
+    else:
+        cache = tmp_path / "closed"
+        cache.mkdir(mode=0o500)
+    raised = client(LOAD, repo=pushed, cache=str(cache), more={})
+    assert "ValueError" in raised.kinds and "check its permissions" in raised.message and str(tmp_path) in raised.message
+    assert client.ok(LOAD, repo=pushed, cache=str(tmp_path / "other"), more={}) == images
+
+
+# -- kills --
+
+
+def killed(hub, client, code, **names):
+    """Runs the code in a process of its own, forked from the client's, and ends it by SIGKILL when the server stands still."""
+    lines = [
+        "import os",
+        "pid = os.fork()",
+        "if pid == 0:",
+        "    try:",
+        f"        exec({code!r})",
+        "    finally:",
+        "        os._exit(0)",
+    ]
+    pid = client.ok("\n".join([*lines, "result = pid"]), **names)
+    found = hub.stalled.wait(60)
+    os.kill(pid, signal.SIGKILL)
+    ended = client.ok("result = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])", pid=pid)
+    assert found and ended == -signal.SIGKILL, "it did not come to that"
+    hub.release()
+
+
+UPLOAD_KILLS = {
+    "in a large file": ("PUT /lfs", "stall"),
+    "in the commit": ("/commit/", "stall"),
+    "after the commit": ("/commit/", "held"),
+}
+
+
+@pytest.mark.parametrize("moment", UPLOAD_KILLS)
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_kill_in_an_upload(hub, client, trained, images, moment, exists, tmp_path):
+    repo = f"user/killed-{list(UPLOAD_KILLS).index(moment)}-{exists}"
+    here = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    adapter, before = load_adapter(trained), {}
+    if exists:  # another version, of which nothing may get mixed with this one
+        other = save_adapter(tmp_path / "other", replace(adapter, lora={key: value * 0 for key, value in adapter.lora.items()}))
+        client.ok(PUSH, folder=str(other), repo=repo, token=TOKEN)
+        before = hub.files(repo)
+    hub.objects.clear()
+    hub.fail(*UPLOAD_KILLS[moment], times=ALWAYS)
+    killed(hub, client, PUSH, folder=str(trained), repo=repo, token=TOKEN)
+    there = hub.files(repo) if repo in hub.repos else {}
+    if moment == "after the commit":
+        assert client.ok(LOAD, repo=repo, cache=str(tmp_path / "cache"), more={}) == images
+    else:
+        assert there == before if exists else set(there) <= {".gitattributes"}
+    assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == here
+    client.ok(PUSH, folder=str(trained), repo=repo, token=TOKEN)
+    assert client.ok(LOAD, repo=repo, cache=str(tmp_path / "cache"), more={}) == images
+
+
+DOWNLOAD_KILLS = {
+    "in the config": "GET .*/ctrl_config.json",
+    "in the weights": "GET /cdn/",
+    "in the base": f"GET /{BASE}/resolve/.*/unet/config.json",
+}
+
+
+@pytest.mark.parametrize("moment", DOWNLOAD_KILLS)
+def test_a_kill_in_a_download(hub, client, pushed, images, moment, tmp_path):
+    """Parts and locks of the killed process stay in the cache; neither is taken for an adapter, and neither is in the way."""
+    arguments = {"repo": pushed, "cache": str(tmp_path), "more": {}}
+    hub.fail(DOWNLOAD_KILLS[moment], "stall", times=ALWAYS)
+    killed(hub, client, LOAD, **arguments)
+    assert list(tmp_path.rglob("*.lock")) and list(tmp_path.rglob("*.incomplete"))
+    offline = client(LOAD, **arguments | {"more": {"local_files_only": True}})
+    assert isinstance(offline, Raised) and "ValueError" in offline.kinds and offline.message.count("\n") == 0
+    assert client.ok(LOAD, **arguments) == images
+    assert client.ok(LOAD, **arguments | {"more": {"local_files_only": True}}) == images
+
+
+def test_a_kill_of_a_users_own_process(hub, client, pushed, images, tmp_path):
+    """Not forked: started as a user starts it, in the middle of its first download."""
+    hub.fail("GET /cdn/", "stall", times=ALWAYS)
+    code = f"from diffusers_ctrl import CTRLPipeline; CTRLPipeline.from_pretrained({pushed!r}, cache_dir={str(tmp_path)!r})"
+    user = subprocess.Popen([sys.executable, "-c", code], env=environment(hub.url, tmp_path / "home"), stderr=subprocess.DEVNULL)
+    try:
+        assert hub.stalled.wait(120)
+    finally:
+        user.kill()
+    assert user.wait() == -signal.SIGKILL
+    hub.release()
+    assert client.ok(LOAD, repo=pushed, cache=str(tmp_path), more={}) == images
 
 
 # -- saving --

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -13,10 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hub_client import ADAPTER, BASE, OTHER, SNIPPET, TOKEN, Raised, contents, environment
 
 from diffusers_ctrl import CTRLPipeline
-from diffusers_ctrl.adapters import ADAPTER_FILES, load_adapter, push_adapter, save_adapter
+from diffusers_ctrl.adapters import ADAPTER_FILES, load_adapter, save_adapter
+from diffusers_ctrl.cards import save_card
+from diffusers_ctrl.sharing import push_adapter
 
 
 def draw(pipe, label="bold"):
@@ -161,7 +166,7 @@ def test_the_base_comes_at_the_revision_that_the_adapter_names(hub, client, push
 def test_revision_subfolder_and_cache_dir(hub, client, pushed, expected, trained, tmp_path):
     weaker = load_adapter(trained)
     save_adapter(tmp_path / "weak", replace(weaker, lora={key: value * 0 for key, value in weaker.lora.items()}))
-    push = "from diffusers_ctrl.adapters import push_adapter; result = push_adapter(folder, repo, token=token, **more)"
+    push = "from diffusers_ctrl.sharing import push_adapter; result = push_adapter(folder, repo, token=token, **more)"
     for more in ({"revision": "weak"}, {"subfolder": "sets/weak"}):
         client.ok(push, folder=str(tmp_path / "weak"), repo=pushed, token=TOKEN, more=more)
     load = "result = draw(CTRLPipeline.from_pretrained(repo, cache_dir=cache, **more))"
@@ -231,7 +236,7 @@ def test_push_from_the_pipeline(hub, client, pushed, expected):
 
 def test_a_second_push_takes_away_what_the_first_one_had(hub, client, trained, tmp_path):
     adapter = load_adapter(trained)
-    push = "from diffusers_ctrl.adapters import push_adapter; result = push_adapter(folder, 'user/twice', token=token)"
+    push = "from diffusers_ctrl.sharing import push_adapter; result = push_adapter(folder, 'user/twice', token=token)"
     client.ok(push, folder=str(save_adapter(tmp_path / "with", adapter)), token=TOKEN)
     hub.write("user/twice", {"my-notes.md": b"mine"})
     client.ok(push, folder=str(save_adapter(tmp_path / "without", replace(adapter, classifier=None))), token=TOKEN)
@@ -248,7 +253,7 @@ def test_a_whole_pipeline_with_its_adapter_in_one_repository(hub, client, pushed
 
 
 def test_private_repositories(hub, client, pushed, trained, expected):
-    push = "from diffusers_ctrl.adapters import push_adapter; result = push_adapter(folder, repo, token=token, private=private)"
+    push = "from diffusers_ctrl.sharing import push_adapter; result = push_adapter(folder, repo, token=token, private=private)"
     client.ok(push, folder=str(trained), repo="user/secret", token=TOKEN, private=True)
     assert hub.repos["user/secret"].private and not hub.repos[pushed].private
     load = "result = draw(CTRLPipeline.from_pretrained('user/secret', token=token))"
@@ -279,7 +284,7 @@ def test_private_repositories(hub, client, pushed, trained, expected):
     ],
 )
 def test_pushes_that_are_refused(hub, client, trained, repo, token, message):
-    push = "from diffusers_ctrl.adapters import push_adapter; result = push_adapter(folder, repo, token=token)"
+    push = "from diffusers_ctrl.sharing import push_adapter; result = push_adapter(folder, repo, token=token)"
     raised = client(push, folder=str(trained), repo=repo, token=token)
     assert isinstance(raised, Raised) and "ValueError" in raised.kinds and message in raised.message
     assert repo not in hub.repos and (token is None or token not in raised.text)
@@ -296,13 +301,46 @@ def test_nothing_is_sent_of_a_broken_adapter(hub, client, trained, tmp_path):
 
 
 def test_a_base_that_nobody_else_has(hub, client, sd_adapter, expected, tmp_path):
-    push = "from diffusers_ctrl.adapters import push_adapter; result = push_adapter(folder, repo, token=token, **more)"
+    push = "from diffusers_ctrl.sharing import push_adapter; result = push_adapter(folder, repo, token=token, **more)"
     raised = client(push, folder=str(sd_adapter), repo="user/local-base", token=TOKEN, more={})
     assert "ValueError" in raised.kinds and "base=" in raised.message and "user/local-base" not in hub.repos
     at = next(sha for sha, commit in hub.repos[BASE].commits.items() if "model_index.json" in commit.files)
     client.ok(push, folder=str(sd_adapter), repo="user/local-base", token=TOKEN, more={"base": BASE, "base_revision": at})
     assert client.ok("result = draw(CTRLPipeline.from_pretrained('user/local-base'))") == expected
     assert str(tmp_path.parent) not in hub.files("user/local-base")["ctrl_config.json"].decode()
+
+
+PUSHES = {
+    "a folder with its card": "from diffusers_ctrl.sharing import push_adapter; result = push_adapter(folder, repo, **more)",
+    "a pipeline": "result = CTRLPipeline.from_pretrained(folder).push_ctrl_adapter_to_hub(repo, **more)",
+}
+
+
+@pytest.mark.parametrize("how", PUSHES)
+def test_what_is_pushed_names_the_hubs_base_only(hub, client, sd_adapter, sd_folder, expected, tmp_path, how):
+    """Trained on a folder of this machine: card, config and metadata then name the Hub's copy of it, and the snippet runs."""
+    repo, folder = f"user/named-{len(how)}", tmp_path / "run"
+    shutil.copytree(sd_adapter, folder)
+    save_card(folder, load_adapter(folder).config)
+    before = contents(folder)
+    assert str(sd_folder).encode() in before["README.md"]
+    at = next(sha for sha, commit in hub.repos[BASE].commits.items() if "model_index.json" in commit.files)
+    more = {"base": BASE, "base_revision": at, "token": TOKEN}
+    client.ok(PUSHES[how], folder=str(folder), repo=repo, more=more)
+    assert contents(folder) == before  # the folder keeps its own
+    files = hub.files(repo)
+    for local in (str(sd_folder), str(tmp_path), str(Path.home())):
+        assert not [name for name, data in files.items() if local.encode() in data], local
+    card = files["README.md"].decode()
+    data = yaml.safe_load(card.split("---\n")[1])
+    assert (data["base_model"], data["base_model_relation"]) == (BASE, "adapter") and BASE in data["model-index"][0]["name"]
+    snippet = re.search(r"```python\n(.*?)```", card, re.S).group(1)
+    assert f'from_pretrained("{repo}")' in snippet and f'"{BASE}"' in snippet
+    assert f'base: "{BASE}"\nbase_revision: "{at}"\n' in card
+    assert client.ok(snippet + "\nresult = list(image.size)") == [16, 16]
+    assert client.ok("result = draw(CTRLPipeline.from_pretrained(repo))", repo=repo) == expected
+    revision_alone = client(PUSHES[how], folder=str(folder), repo=repo, more={"base_revision": at, "token": TOKEN})
+    assert "ValueError" in revision_alone.kinds and "base_revision" in revision_alone.message
 
 
 # -- trust --
@@ -359,7 +397,7 @@ def test_tokens_appear_nowhere(hub, client, trained, pushed, tmp_path):
 import logging, huggingface_hub, diffusers
 huggingface_hub.logging.set_verbosity_debug(); diffusers.utils.logging.set_verbosity_debug(); logging.getLogger("httpx").setLevel(10)
 handler = logging.StreamHandler(); logging.getLogger().addHandler(handler); logging.getLogger().setLevel(10)
-from diffusers_ctrl.adapters import push_adapter
+from diffusers_ctrl.sharing import push_adapter
 try:
     push_adapter(src, "user/quiet", token=token, private=True)
     pipe = CTRLPipeline.from_pretrained("user/quiet", token=token, cache_dir=folder + "-cache")

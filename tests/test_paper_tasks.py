@@ -11,6 +11,7 @@ import yaml
 from diffusers import PNDMScheduler, StableDiffusionPipeline
 from safetensors.torch import save_file
 from test_aesthetic_data import random_head, tiny_clip
+from test_cli import SMALL
 
 import train_ctrl
 from aesthetic_data import aesthetic_class
@@ -23,22 +24,6 @@ from labelled_data import load_labelled_images
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 RECIPE = Path(train_ctrl.__file__).parent / "configs" / "sd15_compressibility_aesthetic.yaml"
-SMALL = {
-    "num_labels": 40,
-    "prompts": list(PROMPTS[:2]),
-    "resolution": 16,
-    "classifier_size": 8,
-    "classifier_widths": [4, 4],
-    "classifier_epochs": 2,
-    "eval_samples": 2,
-    "base_samples": 8,
-    "num_inference_steps": 4,
-    "num_regression_steps": 2,
-    "batch_size": 2,
-    "gradient_accumulation_steps": 2,
-    "max_updates": 2,
-    "report_to": "none",
-}
 
 
 def small_file(images):

@@ -147,6 +147,23 @@ def test_a_list_gives_each_prompt_its_label(pipe, guidance_scale):
         assert (together[i] - together[i - 1]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_a_prompt_without_label_is_the_bases(pipe, plain, guidance_scale):
+    """Beside labelled ones, or alone: not the tuned model without a label, which has drifted from the base."""
+    prompts, options = ["a handwritten one", "a handwritten two"], {"guidance_scale": guidance_scale, "output_type": "pt"}
+
+    def both(pipe, **kwargs):
+        return pipe(prompts, generator=[generator(0), generator(1)], **options, **kwargs).images
+
+    base = both(plain, num_inference_steps=BASE["num_inference_steps"], eta=1.0)
+    settings = {"num_inference_steps": BASE["num_inference_steps"], "eta": 1.0}
+    for label in ({}, [None, None], [{}, {"stroke": None}]):
+        assert torch.equal(both(pipe, label=label, **settings), base)
+    mixed = both(pipe, label=["bold", None], **settings)
+    assert torch.equal(mixed[1], base[1]) and (mixed[0] - base[0]).abs().max() > 1e-3
+    torch.testing.assert_close(mixed[0], both(pipe, label="bold", **settings)[0], rtol=0, atol=1e-5)
+
+
 def test_images_per_prompt_share_the_prompts_label(pipe):
     prompts, labels = ["a handwritten one", "a handwritten two"], ["thin", "bold"]
     together = pipe(
@@ -158,15 +175,21 @@ def test_images_per_prompt_share_the_prompts_label(pipe):
         torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=1e-5)
 
 
-def test_guidance_acts_between_the_label_and_no_label(pipe):
+def test_guidance_acts_between_the_label_and_no_label(bare, adapter):
     """One DDIM step is affine in the output: with guidance it lies on the line from the null label, empty prompt, through the label."""
+    bare.load_ctrl_adapter(adapter)
+    (table,) = bare.ctrl_adapters["default"].label_encoder.tables
 
     def first(prompt, **kwargs):
-        return latents_of(pipe, prompt=prompt, **kwargs)[0]
+        return latents_of(bare, prompt=prompt, label="bold", **kwargs)[0]
 
-    unconditional, conditional = first("", label={}), first(PROMPT, label="bold")
+    conditional, bold = first(PROMPT), table[2].clone()
+    with torch.no_grad():
+        table[2] = 0
+        unconditional = first("")
+        table[2] = bold
     assert (conditional - unconditional).abs().max() > 1e-2
-    found = first(PROMPT, label="bold", guidance_scale=3.0)
+    found = first(PROMPT, guidance_scale=3.0)
     torch.testing.assert_close(found, torch.lerp(unconditional, conditional, 3.0), rtol=1e-4, atol=1e-5)
 
 
@@ -636,12 +659,17 @@ def test_a_style_lora_beside_the_label(bare, plain, sd_folder, sd_adapter, adapt
 # -- files --
 
 
-def test_the_lora_file_alone_in_plain_diffusers(sd_folder, sd_adapter, pipe, plain):
+def test_the_lora_file_alone_in_plain_diffusers(sd_folder, sd_adapter, bare, adapter, plain):
     other = StableDiffusionPipeline.from_pretrained(sd_folder)
     other.load_lora_weights(sd_adapter, weight_name="pytorch_lora_weights.safetensors")
     assert (draw_base(other) - draw_base(plain)).abs().max() > 1e-3
-    # the same LoRA at the same scale as with a label that is not given
-    ours = latents_of(pipe, label={})
+    # the same LoRA at the same scale as with a label whose embedding is zero
+    bare.load_ctrl_adapter(adapter)
+    (table,) = bare.ctrl_adapters["default"].label_encoder.tables
+    with torch.no_grad():
+        bold, table[2] = table[2].clone(), 0
+        ours = latents_of(bare, label="bold")
+        table[2] = bold
     theirs = latents_of(other, num_inference_steps=4, guidance_scale=1.0, eta=1.0)
     torch.testing.assert_close(ours[:3], theirs[:3], rtol=1e-4, atol=1e-5)
 

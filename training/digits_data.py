@@ -21,6 +21,10 @@ from PIL import Image
 from diffusers_ctrl import Categorical, Continuous
 
 
+SOURCE = (
+    "handwritten digits of 43 people (E. Alpaydin and C. Kaynak, UCI optical recognition of handwritten digits, CC BY 4.0, as scikit-learn "
+    "ships them), drawn at 32x32; labelled by measuring each picture exactly"
+)
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PROMPTS = tuple(f"a handwritten {name}" for name in DIGIT_NAMES)
 ATTRIBUTES = {

@@ -93,11 +93,10 @@ def print_dry_run(trainer: CTRLTrainer, task: TaskConfig) -> dict[str, Any]:
     }
     if not trainer.accelerator.is_main_process:
         return found
-    size = config.batch_size * config.gradient_accumulation_steps * trainer.accelerator.num_processes
     where = "allocated on the GPU" if device.type == "cuda" else "of the process"
     tqdm.write(f"""
 trainable      {parameters["lora"]:,} parameters of LoRA, {parameters["label_encoder"]:,} of the label encoder; {frozen:,} are frozen
-an update      {size} trajectories of {config.num_inference_steps} steps, {config.objective}, {len(trainer.environment.labels)} labels
+an update      {trainer.batch_size} trajectories of {config.num_inference_steps} steps, {config.objective}, {len(trainer.environment.labels)} labels
 memory         {peak / 2**30:.2f} GiB {where} at most, {built / 2**30:.2f} GiB before the first update
 time           {found["seconds_per_update"]:.3g} s an update{f", {found['seconds_per_coarse_update']:.3g} s a coarse one" if config.coarse_updates else ""}
 the run        about {spell_seconds(found["seconds_train"])} for {config.max_updates} updates, and {spell_seconds(found["seconds_samples"])} for base samples

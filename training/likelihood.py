@@ -15,13 +15,14 @@ import torch
 from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
 
-from diffusers_ctrl import Continuous, CTRLConfig, LabelSpace
+from diffusers_ctrl import Continuous, CTRLConfig, LabelSpace, processes
 from diffusers_ctrl.classifiers import Classifier, MoreBatches, fit_classifier, resized
 from diffusers_ctrl.decoding import decoder, round_trip
 from diffusers_ctrl.labels import Attribute
 from diffusers_ctrl.rewards import attribute_rewards, classifier_reward
 from digits_data import label_attribute, parse_part, write_digits_dataset
 from labelled_data import LabelledImages, load_labelled_images
+from provenance import data_record
 from sampled_data import write_sampled_dataset
 from streamed_data import LabelledStream, stream_labelled_images
 from task import AttributeTask, TaskConfig, import_function
@@ -31,7 +32,8 @@ from task import AttributeTask, TaskConfig, import_function
 class Likelihood:
     """reward: images, labels (B, A) -> (B,) log p̂(y | x) in nats. classifier: None where a scorer has a part in the reward.
 
-    calibration: of the classifier, flat. seconds: that it took to fit. num_labels: images with a label of some attribute.
+    calibration: of the classifier, flat. seconds: that it took to fit. num_labels: images with a label of some attribute. data: what
+    each attribute was learned from, for the card.
     """
 
     reward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -40,24 +42,60 @@ class Likelihood:
     calibration: dict[str, Any]
     seconds: float
     num_labels: int
+    data: list[dict[str, Any]]
+
+
+def _by_dataset(task: TaskConfig) -> dict[str, list[AttributeTask]]:
+    """The attributes without a scorer, by the dataset that labels them."""
+    shared: dict[str, list[AttributeTask]] = {}
+    for attribute in task.attributes():
+        if attribute.scorer is None:
+            shared.setdefault(attribute.dataset, []).append(attribute)
+    return shared
+
+
+def write_datasets(task: TaskConfig, config: CTRLConfig, pipe: DiffusionPipeline) -> dict[str, str]:
+    """Where each dataset is. The embedded digits and the base's own samples are written first.
+
+    All processes call this: they share out the drawing of the base's samples.
+    """
+    folder, found = Path(config.output_dir) / "dataset", {}
+    for dataset, attributes in _by_dataset(task).items():
+        found[dataset] = dataset
+        if dataset.startswith("digits:"):
+            spec = dataset.removeprefix("digits:")
+            arguments = (folder / spec.replace("/", "-of-"), spec, task.num_labels, config.seed)
+            found[dataset] = str(processes.on_main(lambda arguments=arguments: write_digits_dataset(*arguments)))
+        elif dataset == "base-samples":
+            found[dataset] = str(folder / dataset)
+            settings = {name: getattr(config, name) for name in ("num_inference_steps", "guidance_scale", "eta")}
+            accepted = inspect.signature(pipe.__call__).parameters
+            write_sampled_dataset(
+                found[dataset],
+                pipe,
+                task.prompts,
+                {attribute.name: import_function(attribute.labeller) for attribute in attributes},
+                {attribute.name: attribute.names for attribute in attributes if attribute.names is not None},
+                task.num_labels,
+                seed=config.seed,
+                **{name: value for name, value in settings.items() if name in accepted},
+            )
+    return found
 
 
 def labelled_images(
-    task: TaskConfig, config: CTRLConfig, pipe: DiffusionPipeline
+    task: TaskConfig, pipe: DiffusionPipeline, folders: dict[str, str], seed: int
 ) -> tuple[LabelSpace, torch.Tensor, torch.Tensor, MoreBatches | None]:
     """What is to be learned of the attributes without a scorer: their label space, images (N, 3, H, W) in [0, 1] and labels (N, A).
 
-    With `streaming` these are the datasets' heads, and the fourth is where the rest comes from (see `fit_classifier`).
-
-    A dataset is read once for all attributes that it labels. An image has NaN for the attributes that its dataset says nothing of.
+    A dataset is read once for all attributes that it labels, from where `write_datasets` says. An image has NaN for the attributes that
+    its dataset says nothing of. With `streaming` these are the datasets' heads, and the fourth is where the rest comes from (see
+    `fit_classifier`).
     """
     attributes = [attribute for attribute in task.attributes() if attribute.scorer is None]
-    shared: dict[str, list[AttributeTask]] = {}
-    for attribute in attributes:
-        shared.setdefault(attribute.dataset, []).append(attribute)
     parts, spaces, streams = [], {}, []
-    for dataset, own in shared.items():
-        data = _load(task, config, pipe, dataset, own)
+    for dataset, own in _by_dataset(task).items():
+        data = _load(task, pipe, folders[dataset], own, seed)
         columns = [attributes.index(attribute) for attribute in own]
         if isinstance(data, LabelledStream):
             streams.append((data, columns))
@@ -100,29 +138,11 @@ def _meaning(attribute: AttributeTask) -> Attribute | None:
 
 
 def _load(
-    task: TaskConfig, config: CTRLConfig, pipe: DiffusionPipeline, dataset: str, attributes: list[AttributeTask]
+    task: TaskConfig, pipe: DiffusionPipeline, dataset: str, attributes: list[AttributeTask], seed: int
 ) -> LabelledImages | LabelledStream:
-    """One dataset with a column for each of `attributes`, written first where it is the embedded digits or the base's own samples."""
-    folder = Path(config.output_dir) / "dataset"
-    columns = [attribute.label_column for attribute in attributes]
-    if dataset.startswith("digits:"):
-        spec = dataset.removeprefix("digits:")
-        dataset = str(write_digits_dataset(folder / spec.replace("/", "-of-"), spec, task.num_labels, config.seed))
-    elif dataset == "base-samples":
-        folder, columns = folder / dataset, [attribute.name for attribute in attributes]
-        dataset = str(folder)
-        settings = {name: getattr(config, name) for name in ("num_inference_steps", "guidance_scale", "eta")}
-        accepted = inspect.signature(pipe.__call__).parameters
-        write_sampled_dataset(
-            folder,
-            pipe,
-            task.prompts,
-            {attribute.name: import_function(attribute.labeller) for attribute in attributes},
-            {attribute.name: attribute.names for attribute in attributes if attribute.names is not None},
-            task.num_labels,
-            seed=config.seed,
-            **{name: value for name, value in settings.items() if name in accepted},
-        )
+    """One dataset with a column for each of `attributes`."""
+    own = attributes[0].dataset == "base-samples"
+    columns = [attribute.name if own else attribute.label_column for attribute in attributes]
     size = task.resolution or decoder(pipe).image_shape[-1]
     names = [attribute.names for attribute in attributes]
     kinds = ["continuous" if isinstance(_meaning(attribute), Continuous) else "categorical" for attribute in attributes]
@@ -135,7 +155,7 @@ def _load(
     }
     if task.streaming:
         return stream_labelled_images(
-            dataset, size, label_columns=columns, label_names=names, kinds=kinds, head=task.stream_head, seed=config.seed, **common
+            dataset, size, label_columns=columns, label_names=names, kinds=kinds, head=task.stream_head, seed=seed, **common
         )
     return load_labelled_images(dataset, size, label_column=columns, label_names=names, kind=kinds, **common)
 
@@ -188,24 +208,36 @@ def fit_or_load_classifier(
 def make_likelihood(
     task: TaskConfig, config: CTRLConfig, pipe: DiffusionPipeline, folder: Path, device: torch.device
 ) -> Likelihood:
-    """p(y | x) of all attributes: scorers as they are, and one classifier of all the others, kept in `folder`."""
+    """p(y | x) of all attributes: scorers as they are, and one classifier of all the others, kept in `folder`.
+
+    All processes call this. The main one reads the images and fits the classifier, the others get it from there.
+    """
     attributes = task.attributes()
     scorers = {attribute.name: import_function(attribute.scorer) for attribute in attributes if attribute.scorer is not None}
     given = {attribute.name: _meaning(attribute) for attribute in attributes if attribute.name in scorers}
     classifier, report, seconds, num_labels = None, {}, 0.0, 0
+    data = {a.name: {"attribute": a.name, "scorer": a.scorer} for a in attributes}
     if len(scorers) < len(attributes):
-        learned, images, labels, more = labelled_images(task, config, pipe)
-        classifier, report, seconds = fit_or_load_classifier(
-            task, learned, images, labels, more, folder, config.seed, bool(config.resume_from)
-        )
-        num_labels = len(images) if more is None else report.get("num_train", len(images))
+        folders = write_datasets(task, config, pipe)
+
+        def fitted() -> tuple[Classifier, dict[str, Any], float, int, dict[str, dict[str, Any]]]:
+            learned, images, labels, more = labelled_images(task, pipe, folders, config.seed)
+            found = fit_or_load_classifier(task, learned, images, labels, more, folder, config.seed, bool(config.resume_from))
+            count = len(images) if more is None else found[1].get("num_train", len(images))
+            columns = {name: labels[:, column] for column, name in enumerate(learned.attributes)}
+            own = [attribute for attribute in attributes if attribute.name in columns]
+            return *found, count, {a.name: data_record(a, learned.attributes[a.name], columns[a.name]) for a in own}
+
+        classifier, report, seconds, num_labels, records = processes.on_main(fitted)
         classifier.to(device)
-        given |= learned.attributes
+        given |= classifier.label_space.attributes
+        data |= records
     space = LabelSpace({attribute.name: given[attribute.name] for attribute in attributes})
     if not scorers:
-        return Likelihood(classifier_reward(classifier), space, classifier, report, seconds, num_labels)
+        return Likelihood(classifier_reward(classifier), space, classifier, report, seconds, num_labels, list(data.values()))
     own = {name: _alone(classifier, column) for column, name in enumerate(classifier.label_space.attributes)} if classifier else {}
-    return Likelihood(attribute_rewards({**own, **scorers}, space), space, None, report, seconds, num_labels)
+    reward = attribute_rewards({**own, **scorers}, space)
+    return Likelihood(reward, space, None, report, seconds, num_labels, list(data.values()))
 
 
 def _alone(classifier: Classifier, column: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

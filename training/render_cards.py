@@ -18,7 +18,6 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from diffusers_ctrl import assets  # noqa: E402
 from diffusers_ctrl.adapters import CONFIG_NAME, read_config  # noqa: E402
 from diffusers_ctrl.cards import save_card  # noqa: E402
-from digits_data import PROMPTS  # noqa: E402
 
 
 CARDS = Path(__file__).resolve().parents[1] / "model_cards"
@@ -32,10 +31,15 @@ def rendered() -> dict[Path, str]:
         folder = assets.find(name)
         config = read_config(folder)
         with tempfile.TemporaryDirectory() as temporary:
-            found[folder / "README.md"] = save_card(temporary, config, prompts=PROMPTS).read_text()
-            Path(temporary, "samples.png").touch()
-            text = save_card(temporary, config, prompts=PROMPTS).read_text()
-        found[CARDS / f"{name}.md"] = text.replace("(samples.png)", f"({name}.png)")
+            found[folder / "README.md"] = save_card(temporary, config).read_text()
+            pictures = {"samples.png": f"{name}.png", "confusion.png": f"{name}-confusion.png"}
+            for picture, beside in pictures.items():
+                if (CARDS / beside).is_file():
+                    Path(temporary, picture).touch()
+            text = save_card(temporary, config).read_text()
+        for picture, beside in pictures.items():
+            text = text.replace(f"({picture})", f"({beside})")
+        found[CARDS / f"{name}.md"] = text
     return found
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from diffusers_ctrl import CTRLConfig
-from diffusers_ctrl.accuracy import LabelOracle, confusion_matrix, measure
-from diffusers_ctrl.evaluation import Samples, by_gamma
+from diffusers_ctrl.accuracy import confusion_matrix
+from diffusers_ctrl.evaluation import Samples, by_gamma, lower_bounds
 from diffusers_ctrl.labels import Categorical, LabelSpace
 from figures import plot_asked_and_found, plot_confusion
 from task import TaskConfig
@@ -35,20 +35,29 @@ def print_table(metrics: dict[str, Any], names: Sequence[str]) -> None:
     for line in _attribute_lines(metrics):
         print(line)
     for gamma, row in by_gamma(metrics).items():
-        shown = {key: row.get(key) for key in ("accuracy", "exact_accuracy", "kl", "gap", "gap_from_base")}
-        print(f"  gamma {gamma:<16g}" + "  ".join(f"{k} {v:.3f}" for k, v in shown.items() if v is not None))
+        print(f"  gamma {gamma:<16g}" + _line(row, ("accuracy", "exact_accuracy", "kl", "gap", "gap_from_base")))
     for name in names:
-        shown = {key: metrics.get(f"by_label.{name}.{key}") for key in ("accuracy", "kl", "gap")}
-        shown = {key: value for key, value in shown.items() if value is not None}
-        print(f"  {name:22}" + "  ".join(f"{k} {v:.3f}" for k, v in shown.items() if v is not None))
+        print(f"  {name:22}" + _line(_of_label(metrics, name), ("accuracy", "kl", "gap")))
 
 
-def _cell(metrics: dict[str, Any], name: str) -> str:
-    """A figure with its standard error."""
-    if metrics.get(name) is None:
+def _of_label(metrics: dict[str, Any], name: str) -> dict[str, Any]:
+    """A label's own figures."""
+    prefix = f"by_label.{name}."
+    return {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
+
+
+def _line(row: dict[str, Any], names: Sequence[str]) -> str:
+    """These figures of a row in one line; a gap that is only a lower bound as "gap >= 1.234"."""
+    doubtful = lower_bounds(row)
+    return "  ".join(f"{k} {'>= ' if k in doubtful else ''}{row[k]:.3f}" for k in names if row.get(k) is not None)
+
+
+def _cell(row: dict[str, Any], name: str) -> str:
+    """A figure of a row with its standard error; a gap that is only a lower bound as ">= 1.234"."""
+    if row.get(name) is None:
         return "-"
-    error = metrics.get(f"{name}_se")
-    return f"{metrics[name]:.3f}" + (f" ± {error:.3f}" if error is not None else "")
+    error = row.get(f"{name}_se")
+    return f"{'>= ' if name in lower_bounds(row) else ''}{row[name]:.3f}" + (f" ± {error:.3f}" if error is not None else "")
 
 
 def _certificate_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -80,11 +89,12 @@ def _attribute_lines(metrics: dict[str, Any]) -> list[str]:
     ):
         found = dict.fromkeys(key.split(".")[1] for key in metrics if key.startswith(f"{kind}."))
         for name in found:
-            shown = {key: metrics.get(f"{kind}.{name}.{key}") for key in names}
+            row = {key: metrics.get(f"{kind}.{name}.{key}") for key in (*names, "gap_is_lower_bound", "base_smallest_ess")}
+            row = {key: value for key, value in row.items() if value is not None}
             if kind == "by_attribute":
-                shown |= {f"exact law's {key}": metrics.get(f"exact_{kind}.{name}.{key}") for key in names}
+                row |= {f"exact law's {key}": metrics.get(f"exact_{kind}.{name}.{key}") for key in names}
             title = f"labels giving {name}" if kind == "by_given" else name
-            lines.append(f"  {title:22}" + "  ".join(f"{k} {v:.3f}" for k, v in shown.items() if v is not None))
+            lines.append(f"  {title:22}" + _line(row, [*names, *(f"exact law's {key}" for key in names)]))
     return lines
 
 
@@ -94,9 +104,9 @@ def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
     os.replace(folder / "metrics.json.tmp", folder / "metrics.json")
 
 
-def plot_agreement(folder: Path, space: LabelSpace, labels: torch.Tensor, tuned: Samples, oracle: LabelOracle) -> None:
+def plot_agreement(folder: Path, space: LabelSpace, labels: torch.Tensor, tuned: Samples) -> None:
     """confusion.png, or one confusion-NAME.png an attribute where there are several: what was asked for against what was found."""
-    asked, found = labels.cpu()[tuned.label_rows], measure(oracle, tuned.images, labels)
+    asked, found = labels.cpu()[tuned.label_rows], tuned.measured
     for column, (name, attribute) in enumerate(space.attributes.items()):
         path = folder / ("confusion.png" if len(space) == 1 else f"confusion-{name}.png")
         given = ~asked[:, column].isnan()
@@ -154,7 +164,7 @@ def write_report(
         f"<p>Effective sample size {metrics['ess']:.0f}, of the smallest prompt-label pair {metrics['smallest_ess']:.1f}.</p>",
         *(f'<p class="warning">Warning: {escape(line)}</p>' for line in _warnings(metrics)),
         "<h2>By label</h2>",
-        _table([(name, *(_cell(metrics, f"by_label.{name}.{key}") for key in figures)) for name in names], ("label", *figures)),
+        _table([(name, *(_cell(_of_label(metrics, name), key) for key in figures)) for name in names], ("label", *figures)),
     ]
     if rows := by_gamma(metrics):
         shown = ("accuracy", "exact_accuracy", "kl", "gap", "gap_from_base")

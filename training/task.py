@@ -25,7 +25,16 @@ from diffusers_ctrl.transitions import scheduler_class  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "digits_stroke.yaml"
-PER_ATTRIBUTE = ("dataset", "label_column", "labeller", "scorer", "oracle", "label_thresholds", "label_units")
+PER_ATTRIBUTE = (
+    "dataset",
+    "dataset_description",
+    "label_column",
+    "labeller",
+    "scorer",
+    "oracle",
+    "label_thresholds",
+    "label_units",
+)
 NONE = "-"  # in a list with one entry an attribute: nothing for this one
 
 
@@ -41,6 +50,7 @@ class AttributeTask:
 
     name: str
     dataset: str
+    dataset_description: str | None
     label_column: str
     names: tuple[str, ...] | None
     interval: Continuous | None
@@ -74,6 +84,9 @@ class TaskConfig:
         ["digits:stroke"],
         "Labelled images of each attribute: a folder, a parquet file, a Hub id, 'digits:ATTRIBUTE' for the embedded digits, or "
         "'base-samples' for the base's own samples, labelled by `labeller`.",
+    )
+    dataset_description: list[str] | None = _option(
+        None, "For the card: where each dataset's images come from, who labelled them and how, under which licence."
     )
     labeller: list[str] | None = _option(None, "module:function, images -> class or value, for dataset base-samples.")
     scorer: list[str] | None = _option(

@@ -16,30 +16,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from diffusers_ctrl import CTRLConfig, CTRLTrainer, Policy  # noqa: E402
+from diffusers_ctrl import CTRLConfig, CTRLTrainer, Policy, processes  # noqa: E402
 from diffusers_ctrl.adapters import (  # noqa: E402
     AdapterConfig,
-    check_shareable,
     collect_adapter,
     denoiser_sha256,
     package_versions,
-    push_adapter,
     save_adapter,
 )
+from diffusers_ctrl.baked import label_scales, measure_baked  # noqa: E402
 from diffusers_ctrl.cards import save_card  # noqa: E402
 from diffusers_ctrl.decoding import decoder  # noqa: E402
-from diffusers_ctrl.evaluation import base_scores, draw_samples, evaluate, evaluate_gammas, exact_law, gamma_grid  # noqa: E402
+from diffusers_ctrl.evaluation import base_scores, draw_samples, evaluate, evaluate_gammas, exact_law, gamma_grid, judge  # noqa: E402
 from diffusers_ctrl.labels import label_grid  # noqa: E402
 from diffusers_ctrl.recording import record_conditions  # noqa: E402
+from diffusers_ctrl.sharing import check_shareable, push_adapter  # noqa: E402
 from diffusers_ctrl.tracking import log_picture, number_log_lines, tracker_names  # noqa: E402
 from dry_run import dry_settings, print_dry_run  # noqa: E402
 from figures import plot_curves, plot_samples, sample_rows  # noqa: E402
 from likelihood import make_likelihood  # noqa: E402
+from provenance import training_record  # noqa: E402
 from report import plot_agreement, print_table, write_metrics, write_report  # noqa: E402
 from task import TaskConfig, attribute_oracle, load_base, parse_arguments, prompt_judge  # noqa: E402
 
@@ -58,7 +58,7 @@ def run(task: TaskConfig, config: CTRLConfig) -> dict[str, Any]:
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     trackers = tracker_names(config.report_to) or None
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=trackers, project_dir=str(output))
+    accelerator = processes.make_accelerator(mixed_precision=config.mixed_precision, log_with=trackers, project_dir=str(output))
     number_log_lines(accelerator)
     if accelerator.device.type == "cpu":
         # accelerate launch gives each process one thread; on CPU there is nothing else to use the other cores
@@ -98,7 +98,9 @@ def run(task: TaskConfig, config: CTRLConfig) -> dict[str, Any]:
         denoiser.enable_gradient_checkpointing()
 
     def save_images(update: int, policy: Policy) -> None:
-        rows = sample_rows(policy, trainer.environment)
+        rows = sample_rows(policy, trainer.environment, distributed=True)
+        if rows is None:
+            return
         (output / "grids").mkdir(exist_ok=True)
         path = output / "grids" / f"update-{update:06d}.png"
         plot_samples(rows, ["base", *names], path, f"update {update}")
@@ -119,12 +121,16 @@ def run(task: TaskConfig, config: CTRLConfig) -> dict[str, Any]:
     if task.dry_run:
         return print_dry_run(trainer, task)
     generator = torch.Generator(accelerator.device).manual_seed(config.seed + 1_000_003)
-    per_label, sizes = max(1, task.base_samples // len(names)), {"batch_size": task.sample_batch_size}
-    base = draw_samples(policy, environment, per_label, generator, tuned=False, description="base samples", **sizes)
+    per_label, shared = max(1, task.base_samples // len(names)), {"batch_size": task.sample_batch_size, "distributed": True}
+    base = draw_samples(policy, environment, per_label, generator, tuned=False, description="base samples", **shared)
     gammas = [config.gamma] if config.gamma_range is None else gamma_grid(tuple(config.gamma_range))
-    scores = base_scores(base, environment)
-    log_partitions = [exact_law(base, replace(environment, gamma=g), scores=scores)["base_log_partition"] for g in gammas]
-    trainer.log_partition = sum(log_partitions) / len(gammas)
+
+    def log_partition() -> float:
+        scores = base_scores(base, environment)
+        found = [exact_law(base, replace(environment, gamma=g), scores=scores)["base_log_partition"] for g in gammas]
+        return sum(found) / len(gammas)
+
+    trainer.log_partition = processes.on_main(log_partition)
 
     # 4. train, save, judge
     train_started = time.time()
@@ -139,8 +145,7 @@ def run(task: TaskConfig, config: CTRLConfig) -> dict[str, Any]:
         "gamma": config.gamma,
         "versions": package_versions(),
     }
-    if not accelerator.is_main_process:
-        return metrics
+    main = accelerator.is_main_process  # which alone has the images, judges them and writes files
     with policy.merged(config.merge_lora):
         tuned = draw_samples(
             policy,
@@ -148,13 +153,20 @@ def run(task: TaskConfig, config: CTRLConfig) -> dict[str, Any]:
             task.eval_samples,
             torch.Generator(accelerator.device).manual_seed(config.seed + 2_000_003),
             description="evaluation",
-            **sizes,
+            **shared,
         )
         judges = {"oracle": oracle, "prompt_oracle": prompt_judge(task.prompt_oracle, task.prompts)}
-        metrics |= evaluate(tuned, base, environment, names, **judges)
+        tuned, base = (judge(samples, environment, **judges) for samples in (tuned, base))
+        metrics |= evaluate(tuned, base, environment, names) if main else {}
         if config.gamma_range is not None:
             generator = torch.Generator(accelerator.device).manual_seed(config.seed + 3_000_003)
-            metrics |= evaluate_gammas(policy, environment, base, gammas, task.eval_samples, generator, names, **sizes, **judges)
+            metrics |= evaluate_gammas(policy, environment, base, gammas, task.eval_samples, generator, names, **shared, **judges)
+        if config.guidance_scale > 1 and main:
+            scales, few = label_scales(config.guidance_scale), max(1, task.eval_samples // 5)
+            metrics |= measure_baked(policy, environment, few, config.seed + 4_000_003, scales)
+    rows = sample_rows(policy, environment, distributed=True)
+    if rows is None:
+        return metrics
     metrics |= {f"classifier_{key}": value for key, value in likelihood.calibration.items()}
     metrics["seconds_evaluate"] = time.time() - train_started - train_seconds
     metrics["seconds_total"] = time.time() - started
@@ -176,15 +188,16 @@ def run(task: TaskConfig, config: CTRLConfig) -> dict[str, Any]:
         injection_site=policy.injection_site,
         versions=package_versions(),
         metrics=metrics,
+        training=training_record(task, config, likelihood.data, accelerator),
     )
     save_adapter(output, collect_adapter(adapter_config, denoiser, policy.label_encoder, likelihood.classifier))
     write_metrics(output, metrics)
     (output / "history.json").write_text(json.dumps(history) + "\n")
-    plot_samples(sample_rows(policy, environment), ["base", *names], output / "samples.png", "each column: the same noise")
+    plot_samples(rows, ["base", *names], output / "samples.png", "each column: the same noise")
     plot_curves(history, trainer.log_partition, output / "curves.png")
     if oracle is not None:
-        plot_agreement(output, likelihood.space, environment.labels, tuned, oracle)
-    save_card(output, adapter_config, prompts=task.prompts)
+        plot_agreement(output, likelihood.space, environment.labels, tuned)
+    save_card(output, adapter_config)
     write_report(output, metrics, history, names, task, config)
     print_table(metrics, names)
     print(

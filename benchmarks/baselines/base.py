@@ -1,0 +1,121 @@
+"""The pre-trained pipeline as the baselines see it: prompts, one noise level at a time, denoised estimates, images; and what was spent."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+
+from diffusers_ctrl.bases import denoiser_of
+from diffusers_ctrl.conditions import Condition
+from diffusers_ctrl.decoding import Decoder, decoder
+from diffusers_ctrl.recording import record_conditions
+from diffusers_ctrl.rollouts import Sampler
+from diffusers_ctrl.transitions import Transition
+
+
+Likelihood = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # images (n, C, H, W), labels (n, A) -> log p̂ (n,), nats
+
+
+@dataclass(frozen=True)
+class Base:
+    """calls: rows that the denoiser was called with, `forward`, and those that it was differentiated for, `backward`."""
+
+    pipe: DiffusionPipeline
+    sampler: Sampler
+    conditions: Condition
+    decode: Decoder
+    calls: Counter = field(default_factory=Counter)
+
+    @property
+    def steps(self) -> int:
+        return self.sampler.num_inference_steps
+
+    def levels(self, k: int) -> tuple[float, float]:
+        """Signal and noise (alpha, sigma) of the states that step k starts from; alpha² + sigma² = 1."""
+        alpha2 = self.sampler.scheduler.alphas_cumprod[int(self.sampler.timesteps[k])].item() if k < self.steps else 1.0
+        return alpha2**0.5, (1 - alpha2) ** 0.5
+
+    def start(self, n: int, generator: torch.Generator) -> torch.Tensor:
+        return torch.randn(n, *self.conditions.shape, generator=generator)
+
+    def output(self, x: torch.Tensor, k: int, prompts: torch.Tensor) -> torch.Tensor:
+        """The base's output at states x (n, *) of step k."""
+        self.calls["forward"] += len(x)
+        self.calls["backward"] += len(x) * (torch.is_grad_enabled() and x.requires_grad)
+        denoiser = denoiser_of(self.pipe)[1]
+
+        def call(args, kwargs, _):
+            return denoiser(*args, **kwargs)[0]
+
+        return self.conditions[prompts].output(call, x, self.sampler.timesteps[k], None)
+
+    def clean_of(self, output: torch.Tensor, x: torch.Tensor, k: int) -> torch.Tensor:
+        alpha, sigma = self.levels(k)
+        if self.sampler.scheduler.config.prediction_type == "v_prediction":
+            return alpha * x - sigma * output
+        return (x - sigma * output) / alpha
+
+    def clean(self, x: torch.Tensor, k: int, prompts: torch.Tensor) -> torch.Tensor:
+        """E[x_clean | x] as the base estimates it."""
+        return self.clean_of(self.output(x, k, prompts), x, k)
+
+    def step(self, x: torch.Tensor, clean: torch.Tensor, k: int) -> Transition:
+        """The sampler's step from x, were `clean` what the denoiser had said."""
+        alpha, sigma = self.levels(k)
+        v_prediction = self.sampler.scheduler.config.prediction_type == "v_prediction"
+        output = (alpha * x - clean) / sigma if v_prediction else (x - alpha * clean) / sigma
+        return self.sampler.transition(output, self.sampler.timesteps[k], x)
+
+    def draw(self, prompts: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Images of the base itself."""
+        x = self.start(len(prompts), generator)
+        with torch.no_grad():
+            for k in range(self.steps):
+                x = drawn(self.step(x, self.clean(x, k, prompts), k), generator)
+            return self.decode(x)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """The labelled images as the trained baselines learn from them. latents: (N, *); labels: (N, A); prompts: (N,) rows."""
+
+    latents: torch.Tensor
+    labels: torch.Tensor
+    prompts: torch.Tensor
+
+
+def encode(base: Base, images: torch.Tensor) -> torch.Tensor:
+    """Latents of images (N, C, H, W) in [0, 1]."""
+    vae = base.pipe.vae
+    with torch.no_grad():
+        parts = [vae.encode(part * 2 - 1).latent_dist.mean for part in images.split(64)]
+    return torch.cat(parts) * vae.config.scaling_factor
+
+
+def noised(base: Base, clean: torch.Tensor, t: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clean latents taken to timestep t, and what the denoiser should answer there."""
+    alpha2 = base.sampler.scheduler.alphas_cumprod[t]
+    alpha, sigma = alpha2.sqrt(), (1 - alpha2).sqrt()
+    noise = torch.randn(clean.shape, generator=generator)
+    v_prediction = base.sampler.scheduler.config.prediction_type == "v_prediction"
+    return alpha * clean + sigma * noise, alpha * noise - sigma * clean if v_prediction else noise
+
+
+def drawn(step: Transition, generator: torch.Generator) -> torch.Tensor:
+    return step.mean if step.is_deterministic else step.sample(generator)
+
+
+def open_base(pipe: DiffusionPipeline, prompts: list[str], steps: int) -> Base:
+    """Raises ValueError for a scheduler that is not DDIM on a variance-preserving schedule."""
+    if not isinstance(pipe.scheduler, DDIMScheduler) or pipe.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+        raise ValueError("The baselines are written for DDIMScheduler with epsilon or v prediction.")
+    pipe.set_progress_bar_config(disable=True)
+    for module in pipe.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.requires_grad_(False)
+    conditions = record_conditions(pipe, prompts, num_inference_steps=steps, guidance_scale=1.0)
+    return Base(pipe, Sampler(pipe.scheduler, steps, {"eta": 1.0}, conditions.grid), conditions, decoder(pipe))

@@ -414,8 +414,9 @@ def evaluate_gammas(
     scores = None if base.images is None else base_scores(base, environment)
     for gamma in gammas:
         at = replace(environment, gamma=gamma)
-        name = f"gamma {gamma:g}"
-        tuned = draw_samples(policy, at, per_label, generator, batch_size=batch_size, description=name, distributed=distributed)
+        tuned = draw_samples(
+            policy, at, per_label, generator, batch_size=batch_size, description=f"gamma {gamma:g}", distributed=distributed
+        )
         if tuned.images is None:
             continue
         found = evaluate(tuned, base, at, label_names, oracle=oracle, prompt_oracle=prompt_oracle, scores=scores)

@@ -184,6 +184,9 @@ def adjoint_matching(
     scale = len(sampler.noisy_steps) / len(chosen)
     path = walk(policy, sampler, batch, generator)
     adjoint, reward = _final_adjoint(path.sample, batch, log_likelihood, "adjoint_matching")
+    noisy = sampler.noisy_steps
+    chosen = noisy if steps is None else [noisy[i] for i in steps]
+    scale = len(noisy) / len(chosen)
     losses, kl = StepLosses(policy, batch.noise), batch.noise.new_zeros(len(batch))
     for k, x, base, next_adjoint in lean_adjoint(policy, sampler, batch, path, adjoint):
         if k in chosen:

@@ -34,17 +34,20 @@ class TrajectoryNoise:
         self.seeds = list(seeds)
         self._generator, self._blocks = torch.Generator(self.device), 0
         self._ahead: list[torch.Tensor] = []
-        self._again: tuple[torch.Size, torch.dtype, int] | None = (
-            None  # a copy's first block: its shape and how many steps are left
-        )
+        self._used = 0  # of the block that comes next, where this is a copy taken in the middle of one
 
     def copy(self) -> TrajectoryNoise:
-        """Goes on with the same numbers. It holds none of them: what was drawn ahead it draws again."""
-        twin = TrajectoryNoise(self.seeds, self.device)
-        twin._blocks, twin._again = self._blocks, self._again
+        """The same numbers from here on. It holds none of them: a block that was begun is drawn again."""
+        found = TrajectoryNoise(self.seeds, self.device)
+        found._blocks, found._used = self._blocks, self._used
         if self._ahead:
-            twin._again = self._ahead[-1].shape, self._ahead[-1].dtype, len(self._ahead)
-        return twin
+            found._blocks -= 1
+            found._used = self._steps(self._ahead[-1].shape[1:]) - len(self._ahead)
+        return found
+
+    def _steps(self, shape: Sequence[int]) -> int:
+        """Of one block, for states of this shape."""
+        return max(1, min(self.AHEAD, self.NUMBERS // max(1, torch.Size(shape).numel())))
 
     def normal(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """(B, *) on the device. Raises ValueError where B is not the number of seeds."""
@@ -52,17 +55,14 @@ class TrajectoryNoise:
         if size != len(self.seeds):
             raise ValueError(f"There are {len(self.seeds)} trajectories, and noise was asked for {size}.")
         if not self._ahead or self._ahead[-1].shape != torch.Size(shape) or self._ahead[-1].dtype != dtype:
-            steps = max(1, min(self.AHEAD, self.NUMBERS // max(1, torch.Size(rest).numel())))
-            again, self._again = self._again, None
-            left = steps
-            if again is not None and again[:2] == (torch.Size(shape), dtype):
-                self._blocks, left = self._blocks - 1, again[2]
+            steps = self._steps(rest)
             block = torch.empty(size, steps, *rest, dtype=dtype, device=self.device)
             for row, seed in zip(block, self.seeds, strict=True):
                 self._generator.manual_seed((seed + self._blocks * self.STRIDE) % 2**63)
                 row.normal_(generator=self._generator)
             self._blocks += 1
-            self._ahead = list(block.unbind(1))[steps - left :][::-1]
+            self._ahead = list(block.unbind(1))[self._used :][::-1]
+            self._used = 0
         return self._ahead.pop().contiguous()
 
 

@@ -88,6 +88,8 @@ def labelled_images(
 ) -> tuple[LabelSpace, torch.Tensor, torch.Tensor, MoreBatches | None]:
     """What is to be learned of the attributes without a scorer: their label space, images (N, 3, H, W) in [0, 1] and labels (N, A).
 
+    With `streaming` these are the datasets' heads, and the fourth is where the rest comes from (see `fit_classifier`).
+
     A dataset is read once for all attributes that it labels, from where `write_datasets` says. An image has NaN for the attributes that
     its dataset says nothing of. With `streaming` these are the datasets' heads, and the fourth is where the rest comes from (see
     `fit_classifier`).
@@ -223,10 +225,10 @@ def make_likelihood(
         def fitted() -> tuple[Classifier, dict[str, Any], float, int, dict[str, dict[str, Any]]]:
             learned, images, labels, more = labelled_images(task, pipe, folders, config.seed)
             found = fit_or_load_classifier(task, learned, images, labels, more, folder, config.seed, bool(config.resume_from))
-            count = len(images) if more is None else found[1].get("num_train", len(images))
             columns = {name: labels[:, column] for column, name in enumerate(learned.attributes)}
             own = [attribute for attribute in attributes if attribute.name in columns]
-            return *found, count, {a.name: data_record(a, learned.attributes[a.name], columns[a.name]) for a in own}
+            seen = len(images) if more is None else found[1].get("num_train", len(images))
+            return *found, seen, {a.name: data_record(a, learned.attributes[a.name], columns[a.name]) for a in own}
 
         classifier, report, seconds, num_labels, records = processes.on_main(fitted)
         classifier.to(device)

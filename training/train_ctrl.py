@@ -57,7 +57,7 @@ def run(task: TaskConfig, config: CTRLConfig) -> dict[str, Any]:
     set_seed(config.seed)
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    trackers = tracker_names(config.report_to) or None
+    trackers = tracker_names(config.report_to)
     accelerator = processes.make_accelerator(mixed_precision=config.mixed_precision, log_with=trackers, project_dir=str(output))
     number_log_lines(accelerator)
     if accelerator.device.type == "cpu":
@@ -121,8 +121,8 @@ def run(task: TaskConfig, config: CTRLConfig) -> dict[str, Any]:
     if task.dry_run:
         return print_dry_run(trainer, task)
     generator = torch.Generator(accelerator.device).manual_seed(config.seed + 1_000_003)
-    per_label, shared = max(1, task.base_samples // len(names)), {"batch_size": task.sample_batch_size, "distributed": True}
-    base = draw_samples(policy, environment, per_label, generator, tuned=False, description="base samples", **shared)
+    per_label, sizes = max(1, task.base_samples // len(names)), {"batch_size": task.sample_batch_size, "distributed": True}
+    base = draw_samples(policy, environment, per_label, generator, tuned=False, description="base samples", **sizes)
     gammas = [config.gamma] if config.gamma_range is None else gamma_grid(tuple(config.gamma_range))
 
     def log_partition() -> float:
@@ -153,14 +153,14 @@ def run(task: TaskConfig, config: CTRLConfig) -> dict[str, Any]:
             task.eval_samples,
             torch.Generator(accelerator.device).manual_seed(config.seed + 2_000_003),
             description="evaluation",
-            **shared,
+            **sizes,
         )
         judges = {"oracle": oracle, "prompt_oracle": prompt_judge(task.prompt_oracle, task.prompts)}
         tuned, base = (judge(samples, environment, **judges) for samples in (tuned, base))
         metrics |= evaluate(tuned, base, environment, names) if main else {}
         if config.gamma_range is not None:
             generator = torch.Generator(accelerator.device).manual_seed(config.seed + 3_000_003)
-            metrics |= evaluate_gammas(policy, environment, base, gammas, task.eval_samples, generator, names, **shared, **judges)
+            metrics |= evaluate_gammas(policy, environment, base, gammas, task.eval_samples, generator, names, **sizes, **judges)
         if config.guidance_scale > 1 and main:
             scales, few = label_scales(config.guidance_scale), max(1, task.eval_samples // 5)
             metrics |= measure_baked(policy, environment, few, config.seed + 4_000_003, scales)

@@ -180,8 +180,6 @@ def adjoint_matching(
         steps: which noisy steps (0 … N−1) to regress on, all by default; the loss is scaled to stand for all. With `random_steps` it is
             an unbiased estimate of Σ_k ½‖u_k + sigma_k adjoint_{k+1}‖², averaged over the batch.
     """
-    chosen = sampler.noisy_steps if steps is None else [sampler.noisy_steps[i] for i in steps]
-    scale = len(sampler.noisy_steps) / len(chosen)
     path = walk(policy, sampler, batch, generator)
     adjoint, reward = _final_adjoint(path.sample, batch, log_likelihood, "adjoint_matching")
     noisy = sampler.noisy_steps

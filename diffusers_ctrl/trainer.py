@@ -215,7 +215,9 @@ class CTRLTrainer:
         self.config = config
         self.output_dir = Path(config.output_dir)
         self.accelerator = accelerator or processes.make_accelerator(
-            mixed_precision=config.mixed_precision, log_with=tracker_names(config.report_to), project_dir=str(self.output_dir)
+            mixed_precision=config.mixed_precision,
+            log_with=tracker_names(config.report_to) or None,
+            project_dir=str(self.output_dir),
         )
         self.batch_size = config.global_batch_size or config.batch_size * config.gradient_accumulation_steps * processes.count()
         if self.batch_size < processes.count():

@@ -91,8 +91,7 @@ def labelled_images(
     With `streaming` these are the datasets' heads, and the fourth is where the rest comes from (see `fit_classifier`).
 
     A dataset is read once for all attributes that it labels, from where `write_datasets` says. An image has NaN for the attributes that
-    its dataset says nothing of. With `streaming` these are the datasets' heads, and the fourth is where the rest comes from (see
-    `fit_classifier`).
+    its dataset says nothing of.
     """
     attributes = [attribute for attribute in task.attributes() if attribute.scorer is None]
     parts, spaces, streams = [], {}, []

@@ -88,7 +88,7 @@ def _recomputed_backprop(
     sampler: Sampler,
     batch: Batch,
     log_likelihood: LogLikelihood,
-    generator: torch.Generator | None,
+    generator: RandomSource,
     grad_steps: int,
 ) -> tuple[torch.Tensor, Metrics]:
     """The same loss and gradient, a_k = ∂(−J)/∂x_k carried backwards: a_k = (∂x_{k+1}/∂x_k)ᵀ a_{k+1} + ∂KL_k/∂x_k, on fixed noise."""

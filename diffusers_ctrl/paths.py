@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from .policy import Policy
+from .randomness import RandomSource
 from .rollouts import Batch, Sampler, rollout
 
 
@@ -32,11 +32,11 @@ class Path:
 
     spans: tuple[range, ...]
     states: tuple[torch.Tensor, ...]
-    random: tuple[Any, ...]
+    random: tuple[RandomSource, ...]
     sample: torch.Tensor
 
 
-def walk(policy: Policy, sampler: Sampler, batch: Batch, generator: torch.Generator | None, kept: int = KEPT_STATES) -> Path:
+def walk(policy: Policy, sampler: Sampler, batch: Batch, generator: RandomSource, kept: int = KEPT_STATES) -> Path:
     """Samples a trajectory as `rollout` does, keeping at most `kept` of its states."""
     steps = len(sampler.timesteps)
     stride = -(-steps // kept)
@@ -64,7 +64,7 @@ def backwards(policy: Policy, sampler: Sampler, batch: Batch, path: Path) -> Ite
             following = x
 
 
-def _copied(source: Any) -> Any:
+def _copied(source: RandomSource) -> RandomSource:
     return source.clone_state() if isinstance(source, torch.Generator) else source.copy()
 
 

@@ -221,7 +221,9 @@ class CTRLTrainer:
         self.config = config
         self.output_dir = Path(config.output_dir)
         self.accelerator = accelerator or processes.make_accelerator(
-            mixed_precision=config.mixed_precision, log_with=tracker_names(config.report_to), project_dir=str(self.output_dir)
+            mixed_precision=config.mixed_precision,
+            log_with=tracker_names(config.report_to) or None,
+            project_dir=str(self.output_dir),
         )
         self.batch_size = config.global_batch_size or config.batch_size * config.gradient_accumulation_steps * processes.count()
         if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
@@ -324,8 +326,7 @@ class CTRLTrainer:
             self.update += 1
             seconds = time.perf_counter() - started
             self.seconds += seconds
-            size = config.batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
-            rate = size / seconds
+            rate = self.batch_size / seconds
             smooth = metrics["objective"] if smooth is None else 0.9 * smooth + 0.1 * metrics["objective"]
             if self.log_partition is not None:
                 metrics["gap_estimate"] = self.log_partition - smooth

@@ -16,6 +16,7 @@ from diffusers_ctrl import CTRLConfig, objectives, paths, policy
 from diffusers_ctrl.evaluation import draw_samples
 from diffusers_ctrl.objectives import adjoint_matching, direct_backprop, policy_gradient
 from diffusers_ctrl.paths import backwards, walk
+from diffusers_ctrl.randomness import TrajectoryNoise, standard_normal
 from diffusers_ctrl.rollouts import Sampler, in_chunks, rollout
 from problems import tiny_environment, tiny_policy
 
@@ -58,11 +59,15 @@ def test_the_gradient_through_a_learned_variance(monkeypatch):
 
 
 @pytest.mark.parametrize("objective", [direct_backprop, adjoint_matching])
-@pytest.mark.parametrize("generator", [True, False])
+@pytest.mark.parametrize("generator", ["torch", "trajectories", None])
 def test_states_that_are_computed_again_are_the_same_bit_for_bit(objective, generator, monkeypatch):
     tuned, environment = tiny_policy(perturb=0.1, checkpointing=True), tiny_environment(steps=8)
     batch = environment.draw(3, torch.Generator().manual_seed(0))
-    source = torch.Generator().manual_seed(1) if generator else None
+
+    def make():
+        return TrajectoryNoise([1, 2, 3]) if generator == "trajectories" else torch.Generator().manual_seed(1)
+
+    source = make() if generator else None
     path = walk(tuned, environment.sampler, batch, source, kept=3)
     assert [len(span) for span in path.spans] == [3, 3, 2] and len(path.states) == 3
     steps = list(backwards(tuned, environment.sampler, batch, path))
@@ -70,15 +75,27 @@ def test_states_that_are_computed_again_are_the_same_bit_for_bit(objective, gene
     assert torch.equal(steps[0][2], path.sample) and torch.equal(steps[-1][1], batch.noise)
     assert all(torch.equal(later[1], earlier[2]) for later, earlier in zip(steps[:-1], steps[1:], strict=True))
     if generator:
-        whole = rollout(tuned, environment.sampler, batch, torch.Generator().manual_seed(1), reference=False)
+        whole = rollout(tuned, environment.sampler, batch, make(), reference=False)
         assert all(torch.equal(x, whole.states[k]) for k, x, _ in steps)
         # and whatever comes next from the generator is what it would have been
-        other = torch.Generator().manual_seed(1)
+        other, device = make(), torch.device("cpu")
         rollout(tuned, environment.sampler, batch, other, reference=False)
-        assert torch.equal(torch.randn(3, generator=source), torch.randn(3, generator=other))
+        assert torch.equal(*(standard_normal((3, 2, 4, 4), own, device, torch.float64) for own in (source, other)))
     expected = gradient(objective, tuned, environment)
     monkeypatch.setattr(objectives, "walk", lambda *args: walk(*args, kept=3))
     assert torch.equal(gradient(objective, tuned, environment), expected)
+
+
+@pytest.mark.parametrize("taken", [0, 1, 31, 32, 40])
+def test_a_copy_of_trajectories_noise_goes_on_with_the_same_numbers_and_keeps_none(taken):
+    source = TrajectoryNoise([3, 5])
+    for _ in range(taken):
+        source.normal((2, 4), torch.float64)
+    twin = source.copy().copy()
+    assert not twin._ahead
+    shapes = [(2, 4)] * 35 + [(2, 3)] * 2
+    for shape in shapes:
+        assert torch.equal(source.normal(shape, torch.float64), twin.normal(shape, torch.float64))
 
 
 def test_a_thousand_steps_keep_no_more_than_64_states(monkeypatch):

@@ -37,10 +37,13 @@ def print_table(metrics: dict[str, Any], names: Sequence[str]) -> None:
     for gamma, row in by_gamma(metrics).items():
         print(f"  gamma {gamma:<16g}" + _line(row, ("accuracy", "exact_accuracy", "kl", "gap", "gap_from_base")))
     for name in names:
-        row = {
-            key.removeprefix(f"by_label.{name}."): value for key, value in metrics.items() if key.startswith(f"by_label.{name}.")
-        }
-        print(f"  {name:22}" + _line(row, ("accuracy", "kl", "gap")))
+        print(f"  {name:22}" + _line(_of_label(metrics, name), ("accuracy", "kl", "gap")))
+
+
+def _of_label(metrics: dict[str, Any], name: str) -> dict[str, Any]:
+    """A label's own figures."""
+    prefix = f"by_label.{name}."
+    return {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
 
 
 def _line(row: dict[str, Any], names: Sequence[str]) -> str:
@@ -49,12 +52,12 @@ def _line(row: dict[str, Any], names: Sequence[str]) -> str:
     return "  ".join(f"{k} {'>= ' if k in doubtful else ''}{row[k]:.3f}" for k in names if row.get(k) is not None)
 
 
-def _cell(metrics: dict[str, Any], name: str) -> str:
-    """A figure with its standard error."""
-    if metrics.get(name) is None:
+def _cell(row: dict[str, Any], name: str) -> str:
+    """A figure of a row with its standard error; a gap that is only a lower bound as ">= 1.234"."""
+    if row.get(name) is None:
         return "-"
-    error = metrics.get(f"{name}_se")
-    return f"{metrics[name]:.3f}" + (f" ± {error:.3f}" if error is not None else "")
+    error = row.get(f"{name}_se")
+    return f"{'>= ' if name in lower_bounds(row) else ''}{row[name]:.3f}" + (f" ± {error:.3f}" if error is not None else "")
 
 
 def _certificate_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -161,7 +164,7 @@ def write_report(
         f"<p>Effective sample size {metrics['ess']:.0f}, of the smallest prompt-label pair {metrics['smallest_ess']:.1f}.</p>",
         *(f'<p class="warning">Warning: {escape(line)}</p>' for line in _warnings(metrics)),
         "<h2>By label</h2>",
-        _table([(name, *(_cell(metrics, f"by_label.{name}.{key}") for key in figures)) for name in names], ("label", *figures)),
+        _table([(name, *(_cell(_of_label(metrics, name), key) for key in figures)) for name in names], ("label", *figures)),
     ]
     if rows := by_gamma(metrics):
         shown = ("accuracy", "exact_accuracy", "kl", "gap", "gap_from_base")

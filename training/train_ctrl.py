@@ -57,7 +57,7 @@ def run(task: TaskConfig, config: CTRLConfig) -> dict[str, Any]:
     set_seed(config.seed)
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    trackers = tracker_names(config.report_to)
+    trackers = tracker_names(config.report_to) or None  # accelerate warns of an empty list
     accelerator = processes.make_accelerator(mixed_precision=config.mixed_precision, log_with=trackers, project_dir=str(output))
     number_log_lines(accelerator)
     if accelerator.device.type == "cpu":

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import inspect
 import json
+import logging
 import math
-import os
-import shutil
+import random
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,22 +24,23 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
+from .checkpoints import Checkpoint, checkpoint_folder, differences, read_checkpoint, read_latest, write_checkpoint, write_file
 from .conditions import Condition
-from .experience import Baseline, NonFiniteError, collect
+from .evaluation import gamma_grid
+from .experience import Baseline, NonFiniteError, checked, collect
 from .labels import label_grid
+from .monitoring import Monitor, measure
 from .objectives import OBJECTIVES
 from .policy import Policy
+from .preemption import EXIT_PREEMPTED, Preempted, Preemption
 from .rollouts import Batch, Environment, Sampler
 from .transitions import start_snr
 
 
-STATE_NAME = "trainer_state.json"
-TENSORS_NAME = "trainer_state.safetensors"
+logger = logging.getLogger(__name__)
 
 
 def _option(default: Any, help: str) -> Any:
@@ -89,9 +91,28 @@ class CTRLConfig:
     weight_decay: float = _option(0.0, "AdamW weight decay.")
     max_grad_norm: float = _option(1.0, "Gradient norm above which gradients are scaled down.")
     mixed_precision: str = _option("no", "no, bf16 or fp16 (autocast; LoRA and label encoder stay float32).")
-    checkpoint_every: int = _option(100, "Updates between checkpoints; 0 for none but the last.")
-    checkpoints_total_limit: int = _option(2, "How many checkpoints are kept.")
-    resume_from: str | None = _option(None, "A checkpoint folder, or 'latest'.")
+    checkpoint_every: int = _option(100, "Updates between checkpoints; 0 for none but the best and the last.")
+    checkpoints_total_limit: int = _option(2, "How many checkpoints are kept; the best is kept besides.")
+    resume_from: str | None = _option(
+        None, "A checkpoint folder, or 'latest': the last one that is whole, or the beginning where there is none yet."
+    )
+    max_bad_updates: int = _option(
+        10, "An update with a NaN or infinite reward, loss or gradient is skipped; so many in a row stop the training."
+    )
+    eval_every: int = _option(
+        50, "Updates between measurements of J on fixed noise, for the best checkpoint and the alarms; 0 for none."
+    )
+    eval_trajectories: int = _option(128, "Trajectories of such a measurement, of all labels together.")
+    keep_best: bool = _option(
+        True, "End with the weights of the best J, not the last, where it is better by more than twice the error of the difference."
+    )
+    kl_limit: float | None = _option(
+        None, "Stop, and keep the adapter, once a measurement finds a label's mean KL above so many nats."
+    )
+    kl_alarm: float | None = _option(
+        None, "Warn of a label's mean KL above so many nats; by default three times what the exact law has, 3 nats at least."
+    )
+    diversity_alarm: float = _option(0.25, "Warn where samples of a label vary less than this fraction of the base's.")
     sample_every: int = _option(100, "Updates between sample grids; 0 for none.")
     report_to: str = _option("tensorboard", "Tracker known to accelerate, or 'none'.")
 
@@ -120,9 +141,16 @@ class CTRLConfig:
             "label_bins",
             "ppo_epochs",
             "ppo_minibatches",
+            "checkpoints_total_limit",
+            "max_bad_updates",
+            "eval_trajectories",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.kl_limit is not None and not (self.kl_limit > 0 and self.eval_every):
+            raise ValueError(
+                f"kl_limit must be positive and needs eval_every, since measurements find it; got {self.kl_limit} with eval_every = {self.eval_every}."
+            )
 
     def objective_options(self) -> dict[str, Any]:
         """The chosen objective's own options."""
@@ -134,8 +162,34 @@ class CTRLConfig:
         return {name: getattr(self, name) for name in own.get(self.objective, ())}
 
 
+# what a resumed run must have in common with its checkpoint: its weights would not mean the same
+LAW = ("seed", "num_inference_steps", "eta", "guidance_scale", "gamma", "gamma_range", "lora_rank", "lora_targets")
+# what changes neither the law nor the way to it. Labels and site are compared as they were found, batches by their size over all processes
+FREE = (
+    "output_dir",
+    "resume_from",
+    "label_bins",
+    "label_subsets",
+    "injection_site",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "merge_lora",
+    "checkpointing",
+    "checkpoint_every",
+    "checkpoints_total_limit",
+    "max_bad_updates",
+    "eval_every",
+    "keep_best",
+    "kl_limit",
+    "kl_alarm",
+    "diversity_alarm",
+    "sample_every",
+    "report_to",
+)
+
+
 class TrainingStopped(RuntimeError):
-    """Training met a NaN or infinite number; the message says where, and where the last good checkpoint is."""
+    """Training met NaN or infinite numbers over and over; the message says where, and where the last good checkpoint is."""
 
 
 # from here on about a percent of what a label should move is lost, on a Gaussian prior and likelihood (tests/test_memoryless.py)
@@ -180,6 +234,8 @@ class CTRLTrainer:
         decode, prompt_embeds, null_embeds: see `Environment`.
         log_partition: estimate of the mean log Z in nats, for the gap shown in the progress bar.
         save_images: called with (update, policy) at every `sample_every`.
+        identity: whatever else makes the run what it is (data, prompts, scorer), for JSON. It is kept in the checkpoints; one with
+            another identity is not resumed.
     """
 
     def __init__(
@@ -196,6 +252,7 @@ class CTRLTrainer:
         null_embeds: torch.Tensor | None = None,
         log_partition: float | None = None,
         save_images: Callable[[int, Policy], None] | None = None,
+        identity: Mapping[str, Any] | None = None,
         accelerator: Accelerator | None = None,
     ) -> None:
         self.config = config
@@ -206,10 +263,10 @@ class CTRLTrainer:
         )
         device = self.accelerator.device
         self.policy = policy.to(device)
-        spread = None
+        spread, names = None, None
         if labels is None:
             choices = label_grid(policy.label_space, config.label_bins, config.label_subsets)
-            labels, spread = choices.labels, choices.spread.to(device) if choices.spread.any() else None
+            labels, spread, names = choices.labels, choices.spread.to(device) if choices.spread.any() else None, choices.names
         grid = prompt_embeds.grid if isinstance(prompt_embeds, Condition) else {}
         self.environment = Environment(
             make_sampler(scheduler, config, grid),
@@ -249,9 +306,15 @@ class CTRLTrainer:
         )
         self.optimizer = self.accelerator.prepare(optimizer)
         self.baseline: Baseline | None = None
+        self.monitor = Monitor([str(row) for row in range(len(labels))] if names is None else names, config)
         self.update = 0
         self.seconds = 0.0
+        self.smooth: float | None = None  # of J, for the gap shown in the progress bar
+        self.bad_updates = self.bad_in_a_row = 0
         self.history: list[dict[str, float]] = []
+        self.best_kept: int | None = None  # the update whose weights the run ended with, where they are not the last
+        self._saved: tuple[int, int] | None = None
+        self._identity = json.loads(json.dumps({**(identity or {}), **self._law(scheduler)}, default=str))
 
     @property
     def _named(self) -> dict[str, torch.nn.Parameter]:
@@ -260,10 +323,13 @@ class CTRLTrainer:
         return {names[id(p)]: p for group in self.policy.trainable_parameters().values() for p in group}
 
     def train(self) -> list[dict[str, float]]:
-        """Runs to `max_updates`. Returns the history, one dict of floats an update.
+        """Runs to `max_updates`, or to `kl_limit`. Returns the history, one dict of floats for each update that was not skipped.
+
+        An update that meets a NaN or infinite number is skipped: weights, optimizer and baseline stay as they are.
 
         Raises:
-            TrainingStopped: at a NaN or infinite reward or loss; the weights before it are saved as a checkpoint.
+            TrainingStopped: after `max_bad_updates` of them in a row; the weights before them are saved as a checkpoint.
+            Preempted: SIGTERM or SIGUSR1 has arrived, and a checkpoint is written; as a SystemExit it ends the process with its status.
         """
         config, main = self.config, self.accelerator.is_main_process
         if config.resume_from:
@@ -272,39 +338,137 @@ class CTRLTrainer:
             settings = {k: v for k, v in asdict(config).items() if isinstance(v, (int, float, str, bool))}
             self.accelerator.init_trackers("ctrl", config=settings)
         bar = tqdm(total=config.max_updates, initial=self.update, desc="training", unit="update", disable=not main)
-        smooth = None
-        while self.update < config.max_updates:
-            started = time.perf_counter()
-            try:
-                metrics = self._step()
-            except NonFiniteError as error:
-                bar.close()
-                where = self._save_checkpoint()
-                raise TrainingStopped(
-                    f"Training stopped at update {self.update + 1}: {error}. The weights before this update are in {where}."
-                ) from error
-            self.update += 1
-            self.seconds += time.perf_counter() - started
-            smooth = metrics["objective"] if smooth is None else 0.9 * smooth + 0.1 * metrics["objective"]
-            if self.log_partition is not None:
-                metrics["gap_estimate"] = self.log_partition - smooth
-            self.history.append({"update": self.update, "seconds": self.seconds, **metrics})
-            if config.report_to != "none":
-                self.accelerator.log(metrics, step=self.update)
-            shown = {"J": f"{smooth:.2f}", "reward": f"{metrics['reward']:.2f}", "KL": f"{metrics['kl']:.2f}"}
-            if self.log_partition is not None:
-                shown["gap~"] = f"{metrics['gap_estimate']:.2f}"
-            bar.set_postfix(shown, refresh=False)
-            bar.update()
-            if config.checkpoint_every and self.update % config.checkpoint_every == 0:
-                self._save_checkpoint()
-            if main and self.save_images is not None and config.sample_every and self.update % config.sample_every == 0:
-                self.save_images(self.update, self.policy)
+        watched = 0 < config.eval_every <= config.max_updates
+        if watched and self.monitor.base is None and self.update < config.max_updates:
+            self._measure(tuned=False)
+        with Preemption() as preemption, _random_state_kept():
+            while self.update < config.max_updates and self.monitor.over_limit() is None:
+                started = time.perf_counter()
+                self._seed_everything()
+                try:
+                    metrics = self._step()
+                except NonFiniteError as error:
+                    self._skip(error)
+                else:
+                    self.update += 1
+                    self.bad_in_a_row = 0
+                    self.seconds += time.perf_counter() - started
+                    smooth = metrics["objective"]
+                    self.smooth = smooth if self.smooth is None else 0.9 * self.smooth + 0.1 * smooth
+                    if self.log_partition is not None:
+                        metrics["gap_estimate"] = self.log_partition - self.smooth
+                    if self.bad_updates:
+                        metrics["bad_updates"] = float(self.bad_updates)
+                    if watched and (self.monitor.is_due(self.update) or self.update == config.max_updates):
+                        metrics |= self._measure()
+                    self.history.append({"update": self.update, "seconds": self.seconds, **metrics})
+                    if config.report_to != "none":
+                        self.accelerator.log(metrics, step=self.update)
+                    shown = {"J": f"{self.smooth:.2f}", "reward": f"{metrics['reward']:.2f}", "KL": f"{metrics['kl']:.2f}"}
+                    if self.log_partition is not None:
+                        shown["gap~"] = f"{metrics['gap_estimate']:.2f}"
+                    bar.set_postfix(shown, refresh=False)
+                bar.update()
+                is_best = self.monitor.best is not None and self.monitor.best["update"] == self.update
+                if is_best or (config.checkpoint_every and self.update % config.checkpoint_every == 0):
+                    self._save_checkpoint()
+                if main and self.save_images is not None and config.sample_every and self.update % config.sample_every == 0:
+                    self.save_images(self.update, self.policy)
+                if self._any(preemption.asked is not None):
+                    self._leave(preemption.asked)
         bar.close()
         self._save_checkpoint()
+        if (sentence := self.monitor.over_limit()) is not None:
+            self._tell(sentence)
+        if config.keep_best and (best := self.monitor.better_than_last()) is not None:
+            self._keep(best)
         if config.report_to != "none":
             self.accelerator.end_training()
         return self.history
+
+    def _tell(self, sentence: str) -> None:
+        if self.accelerator.is_main_process:
+            logger.warning(sentence)
+
+    def _any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(self.accelerator.gather(torch.tensor([flag], device=self.accelerator.device).float()).any())
+
+    def _skip(self, error: NonFiniteError) -> None:
+        """Counts an update that came to nothing; stops the training where there were too many in a row."""
+        limit = self.config.max_bad_updates
+        self.update += 1
+        self.bad_updates += 1
+        self.bad_in_a_row += 1
+        if self.bad_in_a_row < limit:
+            self._tell(f"Update {self.update} was skipped, {self.bad_in_a_row} in a row ({limit} stop the training): {error}.")
+            return
+        stopped_at = self.update
+        self.update, self.bad_updates, self.bad_in_a_row = self.update - limit, self.bad_updates - limit, 0
+        where = self._save_checkpoint()
+        several = f"it and the {limit - 1} updates before met NaN or infinite numbers, the last time " if limit > 1 else ""
+        raise TrainingStopped(
+            f"Training stopped at update {stopped_at}: {several}{error}. The weights from before are in {where}."
+        ) from error
+
+    def _leave(self, signal_name: str | None) -> None:
+        where = self._save_checkpoint()
+        message = (
+            f"{signal_name or 'A signal to another process'}: the checkpoint {where} is written; leaving with exit status "
+            f"{EXIT_PREEMPTED}. resume_from latest goes on from there."
+        )
+        self.accelerator.print(message)
+        if self.config.report_to != "none":
+            self.accelerator.end_training()
+        raise Preempted(message)
+
+    def _measure(self, tuned: bool = True) -> dict[str, float]:
+        """J and what belongs to it on the fixed rows, for the history; or a look at the base."""
+        config, accelerator = self.config, self.accelerator
+        with self.policy.merged(config.merge_lora), accelerator.autocast():
+            found = measure(
+                self.policy,
+                self.environment,
+                config.eval_trajectories,
+                seed=config.seed,
+                gammas=[config.gamma] if config.gamma_range is None else gamma_grid(tuple(config.gamma_range)),
+                batch_size=config.batch_size,
+                tuned=tuned,
+                part=(accelerator.process_index, accelerator.num_processes),
+                total=lambda tensor: accelerator.reduce(tensor, reduction="sum"),
+            )
+        if not tuned:
+            self.monitor.take_base(found)
+            return {}
+        row, sentences = self.monitor.take(found, self.update, self.log_partition)
+        for sentence in sentences:
+            self._tell(sentence)
+        return row
+
+    def _keep(self, best: int) -> None:
+        """Takes the weights of the best checkpoint, if it is whole."""
+        parameters, error = {}, None
+        if self.accelerator.is_main_process:
+            try:
+                tensors = read_checkpoint(checkpoint_folder(self._root, best)).tensors
+                parameters = {name: tensors[f"parameter.{name}"] for name in self._named}
+            except (ValueError, KeyError) as problem:
+                error = f"The last weights are kept, though update {best} was better: {problem}"
+        parameters, error = self._from_main(parameters, error)
+        if error is not None:
+            return self._tell(error)
+        for name, parameter in self._named.items():
+            parameter.data.copy_(parameters[name])
+        self.best_kept = best
+        self._tell(
+            f"The weights are those of update {best}: J was {self.monitor.best['objective']:.2f} nats there, clearly above the last."
+        )
+
+    def _from_main(self, *values: Any) -> list[Any]:
+        """What the main process has of these values, on every process."""
+        return broadcast_object_list(list(values)) if self.accelerator.num_processes > 1 else list(values)
 
     def learning_rate(self, update: int) -> float:
         """Fraction of the peak: linear warm-up, then a cosine to `lr_final`."""
@@ -317,6 +481,37 @@ class CTRLTrainer:
         entropy = (self.config.seed, self.update, micro, self.accelerator.process_index)
         seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
         return torch.Generator(self.accelerator.device).manual_seed(seed)
+
+    def _seed_everything(self) -> None:
+        """Seeds what is not ours to seed: a scorer or a denoiser may draw from the global generators, and must do so alike when resumed."""
+        entropy = (5_000_003, self.config.seed, self.update, self.accelerator.process_index)
+        seeds = np.random.SeedSequence(entropy).generate_state(3, np.uint32).tolist()
+        random.seed(seeds[0])
+        np.random.seed(seeds[1])
+        torch.manual_seed(seeds[2])
+
+    def _agree(self, problem: str | None) -> None:
+        """Raises NonFiniteError on every process if one of them has a problem."""
+        if self._any(problem is not None):
+            if self.accelerator.num_processes > 1:
+                problems = gather_object([problem])
+                first = next(index for index, found in enumerate(problems) if found is not None)
+                problem = f"on process {first + 1} of {len(problems)}, {problems[first]}"
+            raise NonFiniteError(problem)
+
+    def _log_likelihood(self, environment: Environment) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """The environment's; a NaN that one process meets is met by all, before they next wait for each other."""
+
+        def agreed(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            reward, problem = environment.log_likelihood(x, labels), None
+            try:
+                checked(reward)
+            except NonFiniteError as error:
+                problem = str(error)
+            self._agree(problem)
+            return reward
+
+        return environment.log_likelihood if self.accelerator.num_processes == 1 else agreed
 
     def _step(self) -> dict[str, float]:
         """One update. Where it takes several optimizer steps and one fails, all are taken back."""
@@ -357,10 +552,9 @@ class CTRLTrainer:
                 with self._naming(micro), self.policy.merged(config.merge_lora):
                     with self.accelerator.autocast():
                         loss, metrics = OBJECTIVES[config.objective](
-                            self.policy, environment.sampler, batch, environment.log_likelihood, generator, **passes[index]
+                            self.policy, environment.sampler, batch, self._log_likelihood(environment), generator, **passes[index]
                         )
-                    if not torch.isfinite(loss):
-                        raise NonFiniteError(f"the loss is {loss.item()}")
+                    self._agree(None if torch.isfinite(loss) else f"the loss is {loss.item()}")
                     accelerator.backward(loss / config.gradient_accumulation_steps)
                 for name, value in metrics.items():
                     totals[name] = totals.get(name, 0.0) + value / config.gradient_accumulation_steps
@@ -376,7 +570,7 @@ class CTRLTrainer:
                 self.policy,
                 environment.sampler,
                 batch,
-                environment.log_likelihood,
+                self._log_likelihood(environment),
                 generator,
                 self._baseline(environment),
                 lookahead=environment.log_likelihoods if self.config.lookahead_critic else None,
@@ -417,70 +611,155 @@ class CTRLTrainer:
             values = accelerator.reduce(torch.tensor(list(totals.values()), device=accelerator.device), reduction="mean")
             totals = dict(zip(totals, values.tolist(), strict=True))
         norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-        if not torch.isfinite(torch.as_tensor(norm)) and config.mixed_precision != "fp16":
-            self.optimizer.zero_grad(set_to_none=True)
-            raise NonFiniteError(f"the gradient's norm is {float(norm)}")
-        self.optimizer.step()
+        # the norm is the same on all processes. fp16's scaler meets infinity while it looks for its scale, and skips the step itself
+        finite, scaler = bool(torch.isfinite(torch.as_tensor(norm))), accelerator.scaler
+        if finite or scaler is not None:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if not finite and (scaler is None or scaler.get_scale() < 1):
+            raise NonFiniteError(f"the gradient's norm is {float(norm)}")
         return {**totals, "grad_norm": float(norm)}
 
-    # -- checkpoints: safetensors and JSON, written under a temporary name and renamed --
+    # -- checkpoints --
+
+    @property
+    def _root(self) -> Path:
+        return self.output_dir / "checkpoints"
+
+    def _law(self, scheduler: Any) -> dict[str, Any]:
+        """What is learned, beyond the config: the labels, the base and its scheduler."""
+        labels = [[None if math.isnan(value) else value for value in row] for row in self.environment.labels.tolist()]
+        return {
+            "label_space": self.policy.label_space.to_dict(),
+            "labels": labels,
+            "prompts": self.environment.num_prompts,
+            "shape": list(self.environment.shape),
+            "scheduler": type(scheduler).__name__,
+            "scheduler_config": {key: value for key, value in scheduler.config.items() if not key.startswith("_")},
+            "injection_site": self.policy.injection_site,
+            "base": _fingerprint(self.policy),
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        size = self.config.batch_size * self.config.gradient_accumulation_steps * self.accelerator.num_processes
+        return {name: value for name, value in asdict(self.config).items() if name not in FREE} | {"trajectories_per_update": size}
 
     def _save_checkpoint(self) -> Path:
-        root = self.output_dir / "checkpoints"
-        folder = root / f"checkpoint-{self.update:06d}"
-        if self.accelerator.is_main_process:
-            temporary = root / f"{folder.name}.tmp"
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            tensors = {}
+        monitor, folder = self.monitor, checkpoint_folder(self._root, self.update)
+        if self.accelerator.is_main_process and self._saved != (self.update, monitor.measured_at):
+            tensors = {f"monitor.{name}": value for name, value in monitor.tensors().items()}
             for name, parameter in self._named.items():
-                tensors[f"parameter.{name}"] = parameter.detach().cpu().contiguous()
+                tensors[f"parameter.{name}"] = parameter
                 for key, value in self.optimizer.state.get(parameter, {}).items():
-                    tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+                    tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
             if self.baseline is not None:
                 tensors |= {f"baseline.{name}": value for name, value in self.baseline.state().items()}
-            save_file(tensors, temporary / TENSORS_NAME)
-            state = {"update": self.update, "seconds": self.seconds, "seed": self.config.seed, "history": self.history}
-            (temporary / STATE_NAME).write_text(json.dumps(state) + "\n")
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(temporary, folder)
-            for old in _checkpoints(root)[: -self.config.checkpoints_total_limit]:
-                shutil.rmtree(old)
+            state = {name: getattr(self, name) for name in STATE}
+            state |= {"settings": self._settings(), "identity": self._identity, "monitor": monitor.state()}
+            state["scaler"] = None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
+            best = None if monitor.best is None else monitor.best["update"]
+            write_checkpoint(self._root, state, tensors, keep=self.config.checkpoints_total_limit, best=best)
+            self._point_to_best()
+        self._saved = (self.update, monitor.measured_at)
         self.accelerator.wait_for_everyone()
         return folder
 
+    def _point_to_best(self) -> None:
+        """checkpoints/best.json, for people and scripts; training itself reads only what is in the checkpoints."""
+        best = self.monitor.best
+        if best is not None:
+            named = {"checkpoint": checkpoint_folder(self._root, int(best["update"])).name, **best}
+            write_file(self._root / "best.json", json.dumps(named, indent=2) + "\n")
+
     def _resume(self, name: str) -> None:
-        if name == "latest":
-            found = _checkpoints(self.output_dir / "checkpoints")
-            if not found:
-                raise ValueError(f"--resume_from latest: there is no checkpoint in {self.output_dir / 'checkpoints'}.")
-            folder = found[-1]
-        else:
-            folder = Path(name)
-        try:
-            state = json.loads((folder / STATE_NAME).read_text())
-            tensors = load_file(folder / TENSORS_NAME)
-        except (OSError, json.JSONDecodeError, SafetensorError) as error:
-            raise ValueError(f"{folder} is not a whole checkpoint: {error}.") from error
-        named = self._named
-        saved = {key.removeprefix("parameter.") for key in tensors if key.startswith("parameter.")}
-        if saved != set(named):
-            raise ValueError(f"{folder} was written with other settings: its trainable parameters are not this run's.")
-        if state["seed"] != self.config.seed:
-            raise ValueError(f"{folder} was written with --seed {state['seed']}, this run has {self.config.seed}.")
-        for name, parameter in named.items():
+        """Takes up a checkpoint; every process as the main one reads it."""
+        found, told, error = None, [], None
+        if self.accelerator.is_main_process:
+            try:
+                found, told = read_latest(self._root) if name == "latest" else (read_checkpoint(Path(name)), [])
+                if found is None:
+                    told = [f"resume_from latest: there is no checkpoint in {self._root} yet; the run starts from the beginning."]
+                else:
+                    told = [f"{sentence} The one before is used." for sentence in told[:1]] + told[1:]
+                    told += self._compare(found)
+            except ValueError as problem:
+                error = str(problem)
+        found, error = self._from_main(found, error)
+        if error is not None:
+            raise ValueError(error)
+        for sentence in told:
+            self._tell(sentence)
+        if found is not None:
+            self._load(found)
+            self.accelerator.print(f"resumed from {found.folder} at update {self.update}")
+
+    def _compare(self, found: Checkpoint) -> list[str]:
+        """Sentences on settings that were changed. Raises ValueError where the checkpoint's weights would mean something else now."""
+        state, ours = found.state, self._settings()
+        wrong = differences(state["settings"], ours, LAW) + differences(state["identity"], self._identity)
+        if wrong:
+            raise ValueError(
+                f"{found.folder} is of another run, and cannot be resumed: {'; '.join(wrong)}. Give the same settings, or start in another output_dir."
+            )
+        saved = {
+            key.removeprefix("parameter."): value.shape for key, value in found.tensors.items() if key.startswith("parameter.")
+        }
+        if saved != {name: parameter.shape for name, parameter in self._named.items()}:
+            raise ValueError(
+                f"{found.folder} is of another run, and cannot be resumed: its trainable parameters are not this run's."
+            )
+        changed = differences(state["settings"], ours, [name for name in {**ours, **state["settings"]} if name not in LAW])
+        if not changed:
+            return []
+        return [f"Resumed with other settings, so the weights will not be those of one run: {'; '.join(changed)}."]
+
+    def _load(self, found: Checkpoint) -> None:
+        tensors, state = found.tensors, found.state
+
+        def part(prefix: str) -> dict[str, torch.Tensor]:
+            return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+        for name, parameter in self._named.items():
             parameter.data.copy_(tensors[f"parameter.{name}"])
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 with contextlib.suppress(KeyError):
                     value = tensors[f"optimizer.{key}.{name}"]
                     self.optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
-        if "baseline.mean" in tensors:
-            self.baseline = Baseline(*tensors["baseline.mean"].shape)
-            self.baseline.load({name: tensors[f"baseline.{name}"] for name in self.baseline.state()})
-        self.update, self.seconds, self.history = state["update"], state["seconds"], state["history"]
-        self.accelerator.print(f"resumed from {folder} at update {self.update}")
+        if learned := part("baseline."):
+            self.baseline = Baseline(*learned["mean"].shape)
+            self.baseline.load(learned)
+        self.monitor.load(state["monitor"], part("monitor."))
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        for name in STATE:
+            setattr(self, name, state[name])
+        if found.folder == checkpoint_folder(self._root, self.update):
+            self._saved = (self.update, self.monitor.measured_at)
 
 
-def _checkpoints(root: Path) -> list[Path]:
-    return sorted(path for path in root.glob("checkpoint-*") if path.is_dir() and path.suffix != ".tmp")
+# the plain numbers of a trainer that its checkpoints keep
+STATE = ("update", "seconds", "smooth", "bad_updates", "bad_in_a_row", "history")
+
+
+@contextlib.contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Leaves the global generators as they were, whatever happens within."""
+    before, numbers = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(before)
+        np.random.set_state(numbers)
+
+
+def _fingerprint(policy: Policy) -> str:
+    """A digest of the frozen weights: of at most 64 numbers of each tensor, so that large models cost nothing."""
+    digest = hashlib.sha256()
+    for name, parameter in policy.denoiser.named_parameters():
+        if not parameter.requires_grad:
+            flat = parameter.detach().flatten()
+            some = flat[:: max(1, len(flat) // 64)][:64].cpu().contiguous()
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+            digest.update(some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -41,6 +41,9 @@ ORDER = (
     "evaluation",
     "cards",
     "pipelines",
+    "checkpoints",
+    "monitoring",
+    "preemption",
     "trainer",
     "__init__",  # the package itself: may import all, so nothing in it may import it
 )

@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,3 +203,15 @@ def differences(saved: Mapping[str, Any], ours: Mapping[str, Any], names: Sequen
         for name in names
         if saved.get(name) != ours.get(name)
     ]
+
+
+def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]], numbers: int | None = None) -> str:
+    """SHA-256 of tensors with their names, types and shapes; with `numbers`, of about so many numbers of each only, which costs nothing."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        flat = tensor.detach().flatten()
+        if numbers is not None:
+            flat = flat[:: max(1, len(flat) // numbers)]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(flat.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import inspect
 import json
 import logging
@@ -27,7 +26,16 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
-from .checkpoints import Checkpoint, checkpoint_folder, differences, read_checkpoint, read_latest, write_checkpoint, write_file
+from .checkpoints import (
+    Checkpoint,
+    checkpoint_folder,
+    differences,
+    fingerprint,
+    read_checkpoint,
+    read_latest,
+    write_checkpoint,
+    write_file,
+)
 from .conditions import Condition
 from .evaluation import gamma_grid
 from .experience import Baseline, NonFiniteError, checked, collect
@@ -628,6 +636,7 @@ class CTRLTrainer:
 
     def _law(self, scheduler: Any) -> dict[str, Any]:
         """What is learned, beyond the config: the labels, the base and its scheduler."""
+        frozen = [(name, value) for name, value in self.policy.denoiser.named_parameters() if not value.requires_grad]
         labels = [[None if math.isnan(value) else value for value in row] for row in self.environment.labels.tolist()]
         return {
             "label_space": self.policy.label_space.to_dict(),
@@ -637,7 +646,7 @@ class CTRLTrainer:
             "scheduler": type(scheduler).__name__,
             "scheduler_config": {key: value for key, value in scheduler.config.items() if not key.startswith("_")},
             "injection_site": self.policy.injection_site,
-            "base": _fingerprint(self.policy),
+            "base": fingerprint(frozen, numbers=64),
         }
 
     def _settings(self) -> dict[str, Any]:
@@ -751,15 +760,3 @@ def _random_state_kept() -> Iterator[None]:
     finally:
         random.setstate(before)
         np.random.set_state(numbers)
-
-
-def _fingerprint(policy: Policy) -> str:
-    """A digest of the frozen weights: of at most 64 numbers of each tensor, so that large models cost nothing."""
-    digest = hashlib.sha256()
-    for name, parameter in policy.denoiser.named_parameters():
-        if not parameter.requires_grad:
-            flat = parameter.detach().flatten()
-            some = flat[:: max(1, len(flat) // 64)][:64].cpu().contiguous()
-            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-            digest.update(some.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -6,7 +6,7 @@ import inspect
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
 
 from diffusers_ctrl import Continuous, CTRLConfig, LabelSpace
+from diffusers_ctrl.checkpoints import differences, fingerprint, write_file
 from diffusers_ctrl.classifiers import Classifier, fit_classifier, resized
 from diffusers_ctrl.decoding import decoder, round_trip
 from diffusers_ctrl.labels import Attribute
@@ -29,7 +30,8 @@ from task import AttributeTask, TaskConfig, import_function
 class Likelihood:
     """reward: images, labels (B, A) -> (B,) log p̂(y | x) in nats. classifier: None where a scorer has a part in the reward.
 
-    calibration: of the classifier, flat. seconds: that it took to fit. num_labels: images with a label of some attribute.
+    calibration: of the classifier, flat. seconds: that it took to fit. num_labels: images with a label of some attribute. weights:
+    fingerprint of the classifier, if any.
     """
 
     reward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -38,6 +40,7 @@ class Likelihood:
     calibration: dict[str, Any]
     seconds: float
     num_labels: int
+    weights: str | None
 
 
 def labelled_images(task: TaskConfig, config: CTRLConfig, pipe: DiffusionPipeline) -> tuple[LabelSpace, torch.Tensor, torch.Tensor]:
@@ -108,16 +111,31 @@ def _load(
     )
 
 
-def fit_or_load_classifier(
-    task: TaskConfig, space: LabelSpace, images: torch.Tensor, labels: torch.Tensor, folder: Path, seed: int, resume: bool
-) -> tuple[Classifier, dict[str, Any], float]:
-    """The calibrated classifier, its report, and the seconds it took; a resumed run reads the one it had."""
+def classifier_settings(task: TaskConfig, config: CTRLConfig) -> dict[str, Any]:
+    """All that the classifier is made from, for JSON; two runs with the same settings have the same classifier."""
+    names = ("base", "base_revision", "num_labels", "image_column", "resolution", "skip_unreadable", "dtype")
+    own = {f.name: getattr(task, f.name) for f in fields(task) if f.name in names or f.name.startswith("classifier_")}
+    attributes = [asdict(attribute) for attribute in task.attributes() if attribute.scorer is None]
+    for attribute in attributes:
+        del attribute["oracle"]  # which only judges
+    if any(attribute["dataset"] == "base-samples" for attribute in attributes):
+        own |= {name: getattr(config, name) for name in ("num_inference_steps", "guidance_scale", "eta")}
+        own |= {"prompts": task.prompts, "scheduler": task.scheduler}
+    return json.loads(json.dumps({**own, "attributes": attributes, "seed": config.seed}))
+
+
+def fit_classifier_into(
+    folder: Path, task: TaskConfig, config: CTRLConfig, space: LabelSpace, images: torch.Tensor, labels: torch.Tensor
+) -> tuple[Classifier, dict[str, Any]]:
+    """Fits and calibrates a classifier and writes it to `folder`, with calibration.json as the last file: where that is, it is whole.
+
+    Returns:
+        The classifier; what calibration.json says: report, seconds, num_labels, settings, and the weights' fingerprint.
+    """
     report_path = folder / "calibration.json"
-    if resume and report_path.is_file():
-        saved = json.loads(report_path.read_text())
-        return Classifier.from_pretrained(folder), saved["report"], saved["seconds"]
+    report_path.unlink(missing_ok=True)
     started = time.time()
-    set_seed(seed)
+    set_seed(config.seed)
     classifier = Classifier(
         space.to_dict(),
         image_size=task.classifier_size,
@@ -126,12 +144,35 @@ def fit_or_load_classifier(
         members=task.classifier_members,
         coordinates=task.classifier_coordinates,
     )
-    report = fit_classifier(classifier, images, labels, seed=seed, max_epochs=task.classifier_epochs)
+    report = fit_classifier(classifier, images, labels, seed=config.seed, max_epochs=task.classifier_epochs)
     print(report.lines(), flush=True)
     classifier.save_pretrained(folder)
-    seconds = time.time() - started
-    report_path.write_text(json.dumps({"report": report.metrics(), "seconds": seconds}, indent=2) + "\n")
-    return classifier, report.metrics(), seconds
+    saved = {
+        "report": report.metrics(),
+        "seconds": time.time() - started,
+        "num_labels": len(images),
+        "settings": classifier_settings(task, config),
+        "weights": fingerprint(classifier.state_dict().items()),
+    }
+    write_file(report_path, json.dumps(saved, indent=2) + "\n")
+    return classifier, saved
+
+
+def load_fitted(folder: Path, settings: dict[str, Any]) -> tuple[Classifier, dict[str, Any]] | None:
+    """The classifier that an earlier start of this run left in `folder`, if it is whole and was made with the same settings."""
+    try:
+        saved = json.loads((folder / "calibration.json").read_text())
+        if changed := differences(saved["settings"], settings):
+            raise ValueError(f"it was made with other settings: {'; '.join(changed)}".replace(" in the checkpoint", " then"))
+        classifier = Classifier.from_pretrained(folder)
+        if saved["weights"] != fingerprint(classifier.state_dict().items()):
+            raise ValueError("its weights are not those that were written")
+        return classifier, saved
+    except FileNotFoundError:
+        return None  # the run was ended before it was there
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"The classifier in {folder} is not used, and fitted again: {error}.", flush=True)
+        return None
 
 
 def make_likelihood(
@@ -141,20 +182,18 @@ def make_likelihood(
     attributes = task.attributes()
     scorers = {attribute.name: import_function(attribute.scorer) for attribute in attributes if attribute.scorer is not None}
     given = {attribute.name: _meaning(attribute) for attribute in attributes if attribute.name in scorers}
-    classifier, report, seconds, num_labels = None, {}, 0.0, 0
+    classifier, saved = None, {"report": {}, "seconds": 0.0, "num_labels": 0, "weights": None}
     if len(scorers) < len(attributes):
-        learned, images, labels = labelled_images(task, config, pipe)
-        num_labels = len(images)
-        classifier, report, seconds = fit_or_load_classifier(
-            task, learned, images, labels, folder, config.seed, bool(config.resume_from)
-        )
+        found = load_fitted(folder, classifier_settings(task, config)) if config.resume_from else None
+        classifier, saved = found or fit_classifier_into(folder, task, config, *labelled_images(task, config, pipe))
         classifier.to(device)
-        given |= learned.attributes
+        given |= classifier.label_space.attributes
     space = LabelSpace({attribute.name: given[attribute.name] for attribute in attributes})
+    figures = [saved[name] for name in ("report", "seconds", "num_labels", "weights")]
     if not scorers:
-        return Likelihood(classifier_reward(classifier), space, classifier, report, seconds, num_labels)
+        return Likelihood(classifier_reward(classifier), space, classifier, *figures)
     own = {name: _alone(classifier, column) for column, name in enumerate(classifier.label_space.attributes)} if classifier else {}
-    return Likelihood(attribute_rewards({**own, **scorers}, space), space, None, report, seconds, num_labels)
+    return Likelihood(attribute_rewards({**own, **scorers}, space), space, None, *figures)
 
 
 def _alone(classifier: Classifier, column: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

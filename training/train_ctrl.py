@@ -35,6 +35,7 @@ from diffusers_ctrl.cards import save_card  # noqa: E402
 from diffusers_ctrl.decoding import decoder  # noqa: E402
 from diffusers_ctrl.evaluation import base_scores, draw_samples, evaluate, evaluate_gammas, exact_law, gamma_grid  # noqa: E402
 from diffusers_ctrl.labels import label_grid  # noqa: E402
+from diffusers_ctrl.preemption import Preemption  # noqa: E402
 from diffusers_ctrl.recording import record_conditions  # noqa: E402
 from figures import plot_curves, plot_samples, sample_rows  # noqa: E402
 from likelihood import make_likelihood  # noqa: E402
@@ -99,6 +100,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         decode=decode,
         prompt_embeds=conditions,
         save_images=save_images,
+        identity={"classifier": likelihood.weights, **{name: getattr(task, name) for name in ("attribute", "prompts", "scorer")}},
         accelerator=accelerator,
     )
     environment = trainer.environment
@@ -118,6 +120,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "seconds_classifier": likelihood.seconds,
         "seconds_train": train_seconds,
         "updates": trainer.update,
+        "weights_of_update": trainer.update if trainer.best_kept is None else trainer.best_kept,
         "num_labels": likelihood.num_labels,
         "seed": config.seed,
         "gamma": config.gamma,
@@ -181,4 +184,5 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    with Preemption(at_once=True):  # what is not training is simply done again
+        main()

@@ -352,7 +352,7 @@ class CTRLTrainer:
         with Preemption() as preemption, _random_state_kept():
             while self.update < config.max_updates and self.monitor.over_limit() is None:
                 started = time.perf_counter()
-                self._seed_everything()
+                self._seed_global_generators(self.update)
                 try:
                     metrics = self._step()
                 except NonFiniteError as error:
@@ -435,7 +435,8 @@ class CTRLTrainer:
     def _measure(self, tuned: bool = True) -> dict[str, float]:
         """J and what belongs to it on the fixed rows, for the history; or a look at the base."""
         config, accelerator = self.config, self.accelerator
-        with self.policy.merged(config.merge_lora), accelerator.autocast():
+        with _random_state_kept(), self.policy.merged(config.merge_lora), accelerator.autocast():
+            self._seed_global_generators()  # for a scorer that draws: alike at every measurement
             found = measure(
                 self.policy,
                 self.environment,
@@ -490,9 +491,9 @@ class CTRLTrainer:
         seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
         return torch.Generator(self.accelerator.device).manual_seed(seed)
 
-    def _seed_everything(self) -> None:
-        """Seeds what is not ours to seed: a scorer or a denoiser may draw from the global generators, and must do so alike when resumed."""
-        entropy = (5_000_003, self.config.seed, self.update, self.accelerator.process_index)
+    def _seed_global_generators(self, *place: int) -> None:
+        """A scorer or a denoiser may draw from the global generators, and must do so alike when resumed."""
+        entropy = (5_000_003, self.config.seed, self.accelerator.process_index, *place)
         seeds = np.random.SeedSequence(entropy).generate_state(3, np.uint32).tolist()
         random.seed(seeds[0])
         np.random.seed(seeds[1])

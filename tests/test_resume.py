@@ -1,0 +1,221 @@
+"""A run that is killed at any moment and resumed has the same weights, bit for bit, as one that was never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from survivor import Run
+from test_cli import settings as smoke_settings
+
+from diffusers_ctrl.adapters import load_adapter
+from diffusers_ctrl.checkpoints import find_checkpoints, read_checkpoint
+from diffusers_ctrl.preemption import EXIT_PREEMPTED
+
+
+ROOT = Path(__file__).resolve().parents[1]
+CASES = {
+    "adjoint_matching": {"objective": "adjoint_matching", "num_regression_steps": 3, "gradient_accumulation_steps": 2},
+    "direct_backprop": {"objective": "direct_backprop", "coarse_updates": 5, "coarse_steps": 4},
+    "policy_gradient": {"objective": "policy_gradient", "lookahead_critic": True, "gae_lambda": 0.5, "gamma_range": [0.5, 2.0]},
+    "policy_gradient from coarse": {"objective": "policy_gradient", "coarse_updates": 5, "coarse_steps": 4, "ppo_epochs": 1},
+    "bf16": {"objective": "adjoint_matching", "mixed_precision": "bf16"},
+}
+TIMES = ("seconds",)
+
+
+def timeless(value):
+    """The same JSON without the seconds, the only thing that two runs may differ in."""
+    if isinstance(value, dict):
+        return {key: timeless(item) for key, item in value.items() if key not in TIMES}
+    return [timeless(item) for item in value] if isinstance(value, list) else value
+
+
+def assert_same_end(folder: Path, whole: Path) -> None:
+    """Weights, optimizer, baseline, measurements and history at the end, and the checkpoints that are left."""
+    ours, theirs = find_checkpoints(folder / "checkpoints"), find_checkpoints(whole / "checkpoints")
+    assert [path.name for path in ours] == [path.name for path in theirs]
+    found, wanted = read_checkpoint(ours[-1]), read_checkpoint(theirs[-1])
+    assert found.tensors.keys() == wanted.tensors.keys()
+    for name, value in wanted.tensors.items():
+        assert torch.equal(found.tensors[name], value), name
+    assert timeless(found.state) == timeless(wanted.state)
+    best = [json.loads((path / "checkpoints" / "best.json").read_text()) for path in (folder, whole)]
+    assert best[0] == best[1]
+    assert not list(folder.rglob("*.tmp")) and not list(folder.rglob("*.previous"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Uninterrupted runs of the cases, each run once. A run has 10 updates and writes 6 checkpoints, at 3, 4, 6, 8, 9 and 10 or fewer."""
+    done = {}
+
+    def get(case: str) -> Path:
+        if case not in done:
+            folder = tmp_path_factory.mktemp("whole")
+            assert Run(folder, CASES[case]).join() == 0
+            done[case] = folder
+        return done[case]
+
+    return get
+
+
+def kill_once(folder: Path, settings: dict, chance: random.Random) -> None:
+    """One random moment: between the beginning of an update and the next, or at a file operation inside a checkpoint's write."""
+    if chance.random() < 0.4:
+        run = Run(folder, settings, write=(chance.randrange(3), chance.randrange(30)))
+        run.join()  # ends by itself; where a write has fewer operations, a later moment is as good
+        return
+    run = Run(folder, settings)
+    if run.reach(chance.randrange(10)):
+        time.sleep(chance.random() * 0.05)
+        run.process.kill()
+    run.join()
+
+
+def survives(case: str, folder: Path, whole: Path, seed: int, kills: int) -> int:
+    """Kills a run so many times at random moments, and resumes it to the end. How many kills hit it."""
+    chance, hits = random.Random(seed), 0
+    for _ in range(kills):
+        kill_once(folder, CASES[case], chance)
+        hits += not (folder / "checkpoints" / "checkpoint-000010").is_dir()
+    assert Run(folder, CASES[case]).join() == 0
+    assert_same_end(folder, whole)
+    return hits
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "from coarse" not in case])
+def test_killed_and_resumed_is_uninterrupted(case, whole, tmp_path):
+    assert survives(case, tmp_path, whole(case), seed=len(case), kills=2) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_killed_at_20_random_moments(case, whole, tmp_path):
+    """20 runs of each case, each killed at one random moment and resumed: 20 of 20 are the same, bit for bit."""
+    hits = sum(survives(case, tmp_path / str(seed), whole(case), seed, kills=1) for seed in range(20))
+    assert hits >= 10  # the others were over before the moment came
+    print(f"{case}: 20 of 20 bit-identical, {hits} killed before their last checkpoint")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_killed_20_times_in_one_run(case, whole, tmp_path):
+    survives(case, tmp_path, whole(case), seed=1, kills=20)
+
+
+# -- preemption --
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_preempted_run_leaves_a_checkpoint_of_the_update_it_was_in(number, whole, tmp_path):
+    case = "adjoint_matching"
+    run = Run(tmp_path, CASES[case] | {"checkpoint_every": 100})
+    assert run.reach(2)
+    os.kill(run.process.pid, number)
+    assert run.join() == EXIT_PREEMPTED == 75
+    (folder,) = find_checkpoints(tmp_path / "checkpoints")
+    assert read_checkpoint(folder).state["update"] >= 3
+    assert Run(tmp_path, CASES[case]).join() == 0
+    assert_same_end(tmp_path, whole(case))
+
+
+# -- the command itself --
+
+
+@pytest.fixture
+def command(sd_folder, tmp_path):
+    """Starts training/train_ctrl.py with a smoke config in a process of its own."""
+
+    def start(name: str, launcher=(), **changes) -> subprocess.Popen:
+        config = smoke_settings(
+            sd_folder, tmp_path / name, **{"max_updates": 8, "eval_every": 3, "objective": "policy_gradient", **changes}
+        )
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(config))
+        environment = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "ACCELERATE_USE_CPU": "true",
+        }
+        script = [*launcher, str(ROOT / "training" / "train_ctrl.py"), "--config", str(path), "--resume_from", "latest"]
+        log = (tmp_path / f"{name}.log").open("a")
+        return subprocess.Popen([sys.executable, *script], env=environment, cwd=tmp_path, stdout=log, stderr=log)
+
+    return start
+
+
+def same_adapters(one: Path, other: Path) -> None:
+    ours, theirs = load_adapter(one), load_adapter(other)
+    for name in ("lora",):
+        found, wanted = getattr(ours, name), getattr(theirs, name)
+        assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+    for name in ("label_encoder", "classifier"):
+        found, wanted = getattr(ours, name).state_dict(), getattr(theirs, name).state_dict()
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while not condition() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.02)
+    assert condition(), f"the process ended with {process.poll()} before"
+
+
+@pytest.mark.slow
+def test_the_command_is_killed_and_resumed(command, tmp_path, datasets_cache):
+    """While the classifier is fitted, before the first checkpoint, twice between updates, and while it evaluates."""
+    whole = command("whole")
+    assert whole.wait() == 0
+    output = tmp_path / "cut"
+    moments = [
+        lambda: (output / "classifier").is_dir(),
+        lambda: (output / "classifier" / "calibration.json").is_file(),
+        lambda: (output / "checkpoints" / "checkpoint-000002").is_dir(),
+        lambda: (output / "checkpoints" / "checkpoint-000005").is_dir(),
+        lambda: (output / "checkpoints" / "checkpoint-000008").is_dir(),
+    ]
+    for moment in moments:
+        run = command("cut")
+        wait_for(moment, run)
+        run.kill()
+        run.wait()
+    assert command("cut").wait() == 0
+    same_adapters(output, tmp_path / "whole")
+    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("cut", "whole")]
+    assert timeless(metrics[0].get("log_partition")) == metrics[1]["log_partition"]
+    for name in ("base_log_partition", "objective", "gap", "weights_of_update", "updates"):
+        assert metrics[0][name] == metrics[1][name], name
+    log = (tmp_path / "cut.log").read_text()
+    assert "there is no checkpoint" in log and "resumed from" in log
+
+
+@pytest.mark.slow
+def test_the_command_leaves_when_asked(command, tmp_path, datasets_cache):
+    whole = command("whole")
+    assert whole.wait() == 0
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        run = command("asked", checkpoint_every=0)
+        begun = (tmp_path / "asked.log").read_text().count("training:")
+        wait_for(lambda begun=begun: (tmp_path / "asked.log").read_text().count("training:") > begun, run)
+        run.send_signal(number)
+        assert run.wait() == EXIT_PREEMPTED
+    assert command("asked", checkpoint_every=0).wait() == 0
+    same_adapters(tmp_path / "asked", tmp_path / "whole")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from diffusers_ctrl.experience import Baseline, collect  # noqa: E402
+from diffusers_ctrl.experience import Baseline, collect, less_baseline  # noqa: E402
 from diffusers_ctrl.objectives import adjoint_matching, direct_backprop, policy_gradient  # noqa: E402
 from diffusers_ctrl.policy import Policy  # noqa: E402
 from diffusers_ctrl.rollouts import Batch, Environment, rollout  # noqa: E402
@@ -52,7 +52,7 @@ def gradients(name: str, policy: Policy, environment: Environment, batches: int,
         batch = environment.draw(batch_size, generator)
         arguments = (policy, environment.sampler, batch, environment.log_likelihood, generator)
         if name == "policy_gradient":
-            experience = collect(*arguments, baseline)
+            (experience,) = less_baseline([collect(*arguments)], [batch], baseline)
             if index < 0:
                 continue  # it only fills the baseline: one that is taken from the batch itself would bias the gradient
             loss, _ = policy_gradient(*arguments, experience=experience)

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from . import processes
 from .accuracy import LabelOracle, agreement, hits, measure
 from .particles import effective_sample_size
 from .policy import Policy
+from .randomness import TrajectoryNoise, batch_seeds
 from .rollouts import Environment, rollout
 
 
@@ -31,7 +33,7 @@ PromptOracle = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class Samples:
     """Trajectories' ends and costs, on the CPU.
 
-    images: (N, C, H, W) in [0, 1], or the states where there is no decoder; None where they were not kept.
+    images: (N, C, H, W) in [0, 1], or the states where there is no decoder; None where they were not kept, or are another process's.
     label_rows, prompt_rows: (N,) which label and prompt.
     log_likelihood: (N,) nats, for the row's own label; kl, log_ratio: (N,) nats, 0 for base samples.
     """
@@ -56,27 +58,44 @@ def draw_samples(
     keep_images: bool = True,
     progress: bool = True,
     description: str = "sampling",
+    distributed: bool = False,
 ) -> Samples:
     """`per_label` samples of each label, running through the prompts; from the tuned model or from the base.
 
-    `batch_size` trajectories at a time; without `keep_images` only five numbers of each stay in memory.
+    One number is taken from `generator`; sample i depends on it and on i only, whatever the batch size and the number of processes.
+
+    Args:
+        batch_size: so many trajectories at a time; without `keep_images` only five numbers of each stay in memory.
+        distributed: all processes call this, and each draws its share. The images are then the main process's, None on the others; all
+            have the numbers.
     """
     labels, prompts = len(environment.labels), environment.num_prompts
     label_rows = torch.arange(labels).repeat_interleave(per_label)
     prompt_rows = torch.arange(per_label).remainder(prompts).repeat(labels)
-    parts: list[tuple[torch.Tensor, ...]] = []
-    bar = tqdm(total=len(label_rows), desc=description, unit="image", disable=not progress)
-    for rows in torch.arange(len(label_rows)).split(batch_size):
-        batch = environment.batch(label_rows[rows], prompt_rows[rows], generator)
-        trajectory = rollout(policy, environment.sampler, batch, generator, tuned=tuned)
+    device = "cpu" if generator is None else generator.device
+    number = torch.randint(2**62, (), generator=generator, device=device).item()
+    if distributed:
+        number = processes.on_main(lambda: number)
+    _, *seeds = batch_seeds(len(label_rows), number)
+    own = processes.share(len(label_rows)) if distributed else range(len(label_rows))
+    columns: tuple[list[torch.Tensor], ...] = ([], [], [], [])
+    bar = tqdm(total=len(own), desc=description, unit="image", disable=not progress or (distributed and processes.index() > 0))
+    for rows in torch.tensor(own).split(batch_size) if own else ():
+        noise = TrajectoryNoise([seeds[row] for row in rows.tolist()], environment.labels.device)
+        batch = environment.batch(label_rows[rows], prompt_rows[rows], noise)
+        trajectory = rollout(policy, environment.sampler, batch, noise, tuned=tuned)
         images = environment.decode(trajectory.sample)
         log_likelihood = environment.score(images, batch.labels)
-        kept = images.float().cpu() if keep_images else images.new_zeros(0)
-        parts.append((kept, log_likelihood.double(), trajectory.kl.double(), trajectory.log_ratio.double()))
+        kept = images.float() if keep_images else images.new_zeros(0)
+        for column, values in zip(columns, (kept, log_likelihood, trajectory.kl, trajectory.log_ratio), strict=True):
+            column.append(values.cpu() if column is columns[0] else values.double().cpu())
         bar.update(len(rows))
     bar.close()
-    images, log_likelihood, kl, log_ratio = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
-    return Samples(images if keep_images else None, label_rows, prompt_rows, log_likelihood, kl, log_ratio)
+    images, *numbers = (torch.cat(column) if column else torch.zeros(0, dtype=torch.float64) for column in columns)
+    if distributed:
+        images = processes.gather_rows(images, to_main=True) if keep_images else None
+        numbers = [processes.gather_rows(values) for values in numbers]
+    return Samples(images if keep_images else None, label_rows, prompt_rows, *numbers)
 
 
 def _groups(samples: Samples) -> list[torch.Tensor]:
@@ -156,10 +175,11 @@ def certify(
     *,
     batch_size: int = 100,
     progress: bool = True,
+    distributed: bool = False,
 ) -> tuple[Certificate, list[Certificate]]:
     """Draws fresh trajectories of the tuned model and certifies it: over all labels, and for each row of `environment.labels`.
 
-    Only `batch_size` trajectories' states and images are in memory at a time, and five numbers of each that is done.
+    With `distributed` each process draws its share, and all get the certificate of all trajectories. Only `batch_size` trajectories' states and images are in memory at a time, and five numbers of each that is done.
 
     Raises:
         ValueError: (from `Sampler`, when the environment is made) where there is no certificate: a scheduler without a Gaussian
@@ -174,6 +194,7 @@ def certify(
         keep_images=False,
         progress=progress,
         description="certificate",
+        distributed=distributed,
     )
     rows = [(samples.label_rows == row).nonzero().flatten() for row in range(len(environment.labels))]
     return certificate(samples, environment.gamma), [certificate(samples, environment.gamma, row) for row in rows]
@@ -360,13 +381,19 @@ def evaluate_gammas(
     *,
     oracle: LabelOracle | None = None,
     prompt_oracle: PromptOracle | None = None,
+    distributed: bool = False,
 ) -> dict[str, Any]:
-    """by_gamma.{gamma}.NAME with its NAME_se: the certificate and the accuracies at each gamma, on `per_label` fresh samples each."""
+    """by_gamma.{gamma}.NAME with its NAME_se: the certificate and the accuracies at each gamma, on `per_label` fresh samples each.
+
+    With `distributed` all processes call this and draw their shares; only the main process, which has the images, returns figures.
+    """
     out: dict[str, Any] = {}
-    scores = base_scores(base, environment)
+    scores = None if base.images is None else base_scores(base, environment)
     for gamma in gammas:
         at = replace(environment, gamma=gamma)
-        tuned = draw_samples(policy, at, per_label, generator, description=f"gamma {gamma:g}")
+        tuned = draw_samples(policy, at, per_label, generator, description=f"gamma {gamma:g}", distributed=distributed)
+        if tuned.images is None:
+            continue
         found = evaluate(tuned, base, at, label_names, oracle=oracle, prompt_oracle=prompt_oracle, scores=scores)
         given = [f"by_given.{name}." for name in _by_given(environment)]
         attributes = [key for key in found if key.startswith(("by_attribute.", "exact_by_attribute."))]

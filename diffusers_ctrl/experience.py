@@ -9,12 +9,13 @@ of a bias where V is wrong: gae_lambda = 1 has none.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from .policy import Policy
+from .randomness import RandomSource
 from .rollouts import Batch, Sampler, base_transition, tuned_transition
 from .transitions import Transition
 
@@ -39,7 +40,8 @@ class Experience:
     """Trajectories taken once and learned from several times. Nothing in it has a graph.
 
     states: the x_k of the N noisy steps, (B, C, *) each; following: x_{k+1}. taken, base: N transitions of the tuned model (as it was
-    then) and of the base at these states. advantages: (N, B) nats; reward, kl: (B,) nats.
+    then) and of the base at these states. advantages: (N, B) nats; reward: (B,) nats; kl: of each step, (N, B) nats. features: of the
+    states, for a baseline's regression, (N, B, F) or None.
     """
 
     states: tuple[torch.Tensor, ...]
@@ -49,19 +51,21 @@ class Experience:
     advantages: torch.Tensor
     reward: torch.Tensor
     kl: torch.Tensor
+    features: torch.Tensor | None = None
 
 
 class Baseline:
     """What is still to come at x_k, on average: a running mean for each (label, prompt, step), and with features also a regression.
 
     A pair that was never seen takes the mean of the batch at that step. The regression, one for each (step, label), explains what the
-    running mean leaves over; its moments fade with `decay` a batch, and a small ridge keeps it finite.
+    running mean leaves over; its moments fade with `decay` a batch, and a small ridge keeps it finite. A batch is what all processes
+    have together, so that their number makes no difference, and all keep the same baseline.
 
     Args:
         labels, prompts, steps: how many there are.
         features: how many features a state has, 0 for none.
         decay: of the running mean a sample, of the regression's moments a batch.
-        gather: concatenates a tensor over the processes along its first dimension, so that all keep the same baseline.
+        gather: a tensor's rows on every process, all in one order (`processes.gather_rows`); only one's own by default.
     """
 
     RIDGE = 0.02  # of the mean squared feature
@@ -90,31 +94,32 @@ class Baseline:
         for name, value in state.items():
             setattr(self, name, value.clone())
 
-    def values(self, returns: torch.Tensor, batch: Batch, features: torch.Tensor | None = None) -> torch.Tensor:
+    def values(
+        self, returns: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, features: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """(steps, B) expected returns from what earlier batches taught; then this batch is taken in.
 
-        returns: (steps, B) nats. features: (steps, B, F), if the baseline has any.
+        returns: (steps, B) nats. rows, columns: (B,) which label and which prompt. features: (steps, B, F), if the baseline has any.
         """
-        device, prompts = returns.device, self.mean.shape[1]
-        rows, columns = batch.label_rows.cpu(), batch.prompts.cpu()
-        values = returns.detach().double().cpu()
-        expected = self._means(values, rows, columns)
+        prompts, own = self.mean.shape[1], returns.detach().double().cpu()
         if features is None:
-            features = values.new_zeros(*values.shape, 0)
+            features = own.new_zeros(*own.shape, 0)
         features = features.detach().double().cpu()
-        leftover = values - expected
-        expected = expected + self._regression(features, rows)
-        # what was seen on all processes, in one order
-        everything = self.gather(torch.cat([values, leftover, features.permute(0, 2, 1).flatten(0, 1)]).T.contiguous().to(device))
-        pairs = self.gather((rows * prompts + columns).to(device)).cpu()
-        values, leftover, features = everything.cpu().T.split([len(values), len(values), features.shape[0] * features.shape[2]])
+        # what the regression is asked for is one's own, what is learned is everybody's
+        asked = self._regression(features, rows.cpu())
+        everything = self.gather(torch.cat([own, features.permute(0, 2, 1).flatten(0, 1)]).T.contiguous())
+        pairs = self.gather((rows * prompts + columns).cpu())
+        values, features = everything.T.split([len(own), features.shape[0] * features.shape[2]])
+        fallback = values.mean(dim=1, keepdim=True)
+        expected = self._means(fallback, rows.cpu(), columns.cpu()) + asked
+        leftover = values - self._means(fallback, pairs // prompts, pairs % prompts)
         for pair in pairs.unique().tolist():
             chosen, row, column = pairs == pair, pair // prompts, pair % prompts
             new = values[:, chosen].mean(dim=1)
             weight = 1 - self.decay ** chosen.sum().item() if self.seen[row, column] else 1.0
             self.mean[row, column] += weight * (new - self.mean[row, column])
             self.seen[row, column] = 1.0
-        features = features.unflatten(0, (len(values), -1)).transpose(1, 2)
+        features = features.unflatten(0, (len(values), features.shape[0] // len(values))).transpose(1, 2)
         both = torch.cat([features, leftover.unsqueeze(2)], dim=2)
         for label in range(len(self.mean)):
             chosen = pairs // prompts == label
@@ -122,9 +127,8 @@ class Baseline:
             self.moments[:, label] = self.decay * self.moments[:, label] + products
         return expected.to(returns)
 
-    def _means(self, values: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        known = self.seen[rows, columns] > 0
-        return torch.where(known, self.mean[rows, columns].T, values.mean(dim=1, keepdim=True))
+    def _means(self, fallback: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        return torch.where(self.seen[rows, columns] > 0, self.mean[rows, columns].T, fallback)
 
     def _regression(self, features: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         count = features.shape[2]
@@ -151,18 +155,15 @@ def collect(
     sampler: Sampler,
     batch: Batch,
     log_likelihood: LogLikelihood,
-    generator: torch.Generator | None = None,
-    baseline: Baseline | None = None,
+    generator: RandomSource = None,
     *,
     lookahead: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    gae_lambda: float = 1.0,
 ) -> Experience:
-    """Trajectories of the tuned model, with what each step was worth: gamma·log p̂ minus the KL of the later steps, minus a baseline.
+    """Trajectories of the tuned model, with what each step was worth: gamma·log p̂ minus the KL of the later steps.
 
     Args:
-        lookahead: log p̂ of every label at a clean sample, (B, C, *) -> (B, M) nats: the features of the baseline's regression, taken
+        lookahead: log p̂ of every label at a clean sample, (B, C, *) -> (B, M) nats: the features of a baseline's regression, taken
             at the denoised estimate of each step; None for no features.
-        gae_lambda: 1 takes what came after a step as it was; below, the more of it is taken from the baseline's expectation.
     """
     x, states, following, tuned_steps, base_steps, kls, features = batch.noise, [], [], [], [], [], []
     for k in range(len(sampler.timesteps)):
@@ -185,13 +186,32 @@ def collect(
         kls.append(taken.kl(base))
     reward = checked(log_likelihood(x, batch.labels))
     kl = torch.stack(kls)
-    final = batch.gamma.to(reward) * reward
     later = kl.flip(0).cumsum(0).flip(0) - kl
-    advantages = final - later
-    if baseline is not None:
-        expected = baseline.values(advantages, batch, torch.stack(features) if features else None)
-        advantages = _lambda_returns(final, kl, expected, gae_lambda) - expected
-    return Experience(tuple(states), tuple(following), tuple(tuned_steps), tuple(base_steps), advantages, reward, kl.sum(0))
+    advantages = batch.gamma.to(reward) * reward - later
+    steps = (tuple(values) for values in (states, following, tuned_steps, base_steps))
+    return Experience(*steps, advantages, reward, kl, torch.stack(features) if features else None)
+
+
+def less_baseline(
+    experiences: Sequence[Experience], batches: Sequence[Batch], baseline: Baseline, gae_lambda: float = 1.0
+) -> list[Experience]:
+    """The micro-batches of `collect` with their advantages less a baseline, which sees them as the one batch that they are.
+
+    Args:
+        gae_lambda: 1 takes what came after a step as it was; below, the more of it is taken from the baseline's expectation.
+    """
+    rows, columns = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("label_rows", "prompts"))
+    worth = torch.cat([experience.advantages for experience in experiences], dim=1)
+    features = None
+    if experiences[0].features is not None:
+        features = torch.cat([experience.features for experience in experiences], dim=1)
+    expected = baseline.values(worth, rows, columns, features).split([len(batch) for batch in batches], dim=1)
+    found = []
+    for experience, batch, value in zip(experiences, batches, expected, strict=True):
+        final = batch.gamma.to(experience.reward) * experience.reward
+        advantages = _lambda_returns(final, experience.kl, value, gae_lambda) - value
+        found.append(replace(experience, advantages=advantages, features=None))
+    return found
 
 
 def _lambda_returns(final: torch.Tensor, kl: torch.Tensor, expected: torch.Tensor, gae_lambda: float) -> torch.Tensor:

@@ -11,16 +11,17 @@ The base is measured on the same rows before the first update, and the model hel
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
+from . import processes
 from .particles import effective_sample_size
 from .policy import Policy
-from .rollouts import Environment, rollout
+from .randomness import TrajectoryNoise, batch_seeds
+from .rollouts import Choice, Environment, rollout
 
 
 @dataclass(frozen=True)
@@ -70,36 +71,33 @@ def measure(
     gammas: Sequence[float],
     batch_size: int,
     tuned: bool = True,
-    part: tuple[int, int] = (0, 1),
-    total: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
 ) -> Measurement:
-    """Draws the fixed trajectories with the model as it is. Of each only six numbers stay in memory.
+    """Draws the fixed trajectories with the model as it is, shared out over the processes; of each only six numbers stay in memory.
 
     Args:
         count: about how many trajectories; every label gets the same even number, at least two.
-        seed: of their random numbers; those of each chunk of rows are its own, so that they do not depend on the number of processes.
-        gammas: which exponents the rows run through. batch_size: how many trajectories at a time (two at least).
-        tuned: False for the base. part, total: process p of n takes every n-th chunk, and `total` adds a tensor up over the processes.
+        seed: of their random numbers, which do not depend on the batch size or the number of processes.
+        gammas: which exponents the rows run through. batch_size: so many trajectories at a time, but two at least.
+        tuned: False for the base.
     """
     label_rows, prompt_rows, gamma = _rows(environment, count, gammas)
-    device = environment.labels.device
-    chunk = max(2, batch_size - batch_size % 2)
-    found = torch.zeros(4, len(label_rows), dtype=torch.float64)
-    for index, rows in enumerate(torch.arange(len(label_rows)).split(chunk)):
-        if index % part[1] != part[0]:
-            continue
-        entropy = int(np.random.SeedSequence((4_000_003, seed, index)).generate_state(1, np.uint64)[0] >> np.uint64(1))
-        generator = torch.Generator(device).manual_seed(entropy)
-        batch = environment.batch(label_rows[rows], prompt_rows[rows], generator)
-        batch = replace(batch, gamma=gamma[rows].to(batch.gamma))
-        trajectory = rollout(policy, environment.sampler, batch, generator, tuned=tuned)
-        found[0, rows] = environment.log_likelihood(trajectory.sample, batch.labels).double().cpu()
-        found[1, rows] = trajectory.kl.double().cpu()
-        found[2, rows] = trajectory.log_ratio.double().cpu()
+    device, pairs = environment.labels.device, len(label_rows) // 2
+    _, *seeds = batch_seeds(len(label_rows), seed, 4_000_003)
+    parts = []
+    for part in processes.rounds(pairs, max(1, batch_size // 2)):
+        own = part or range(1)  # all processes call the model equally often, as one whose weights are dealt out needs
+        rows = torch.arange(2 * own.start, 2 * own.stop)
+        noise = TrajectoryNoise([seeds[row] for row in rows.tolist()], device)
+        choice = Choice(label_rows[rows], prompt_rows[rows], environment.labels[label_rows[rows]], gamma[rows].float().to(device))
+        batch = environment.start(choice, noise)
+        trajectory = rollout(policy, environment.sampler, batch, noise, tuned=tuned)
         ends = trajectory.sample.double().flatten(1)
-        found[3, rows[::2]] = ((ends[::2] - ends[1::2]).square().mean(dim=1) / 2).cpu()
-    found = total(found.to(device)).cpu() if part[1] > 1 else found
-    return Measurement(label_rows, gamma, found[0], found[1], found[2], found[3, ::2].clone())
+        spread = (ends[::2] - ends[1::2]).square().mean(dim=1).repeat_interleave(2) / 2
+        log_likelihood = environment.log_likelihood(trajectory.sample, batch.labels)
+        found = torch.stack([v.double().cpu() for v in (log_likelihood, trajectory.kl, trajectory.log_ratio, spread)], dim=1)
+        parts.append(found[: 2 * len(part)])
+    log_likelihood, kl, log_ratio, spread = processes.gather_rows(torch.cat(parts)).T.contiguous()
+    return Measurement(label_rows, gamma, log_likelihood, kl, log_ratio, spread[::2].clone())
 
 
 def mean_and_error(values: torch.Tensor, label_rows: torch.Tensor) -> tuple[float, float]:

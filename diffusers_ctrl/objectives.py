@@ -20,16 +20,19 @@ with any baseline b that does not depend on the trajectory. KL_k is exact, and o
 
 Signature: objective(policy, sampler, batch, log_likelihood, generator, **options) -> (loss, metrics), where
 log_likelihood(x_K, labels) -> (B,) nats is differentiable (but for policy_gradient), and metrics are floats: reward, kl, objective (= gamma·reward − kl).
+Loss and metrics are means over the rows of the batch, so that those of its parts, weighted by their sizes, make those of the whole. All random
+numbers from `generator` are rows' own; what is drawn once for a whole batch (`random_steps`) is given as an option.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from .experience import Experience, LogLikelihood, checked, collect
 from .policy import Policy
+from .randomness import RandomSource
 from .rollouts import Batch, Rollout, Sampler, base_transition, rollout, tuned_transition
 
 
@@ -56,7 +59,7 @@ def direct_backprop(
     sampler: Sampler,
     batch: Batch,
     log_likelihood: LogLikelihood,
-    generator: torch.Generator | None = None,
+    generator: RandomSource = None,
     *,
     truncation: int | None = None,
 ) -> tuple[torch.Tensor, Metrics]:
@@ -98,35 +101,36 @@ def lean_adjoint(
     return adjoints[::-1], base_means[::-1], reward.detach()
 
 
+def random_steps(sampler: Sampler, count: int, generator: torch.Generator | None = None) -> list[int]:
+    """A random subset of the noisy steps, by their numbers 0 … N−1."""
+    total = len(sampler.noisy_steps)
+    if not 1 <= count <= total:
+        raise ValueError(f"num_regression_steps must be between 1 and the number of noisy steps, {total}; got {count}.")
+    device = generator.device if generator is not None else "cpu"
+    return torch.randperm(total, generator=generator, device=device)[:count].tolist()
+
+
 def adjoint_matching(
     policy: Policy,
     sampler: Sampler,
     batch: Batch,
     log_likelihood: LogLikelihood,
-    generator: torch.Generator | None = None,
+    generator: RandomSource = None,
     *,
-    num_regression_steps: int | None = None,
+    steps: list[int] | None = None,
 ) -> tuple[torch.Tensor, Metrics]:
-    """Regression of the control on −sigma_k · adjoint[k+1], on a random subset of the noisy steps (all of them by default).
+    """Regression of the control on −sigma_k · adjoint[k+1]; memory does not grow with the number of steps regressed on.
 
-    The loss is an unbiased estimate of Σ_k ½‖u_k + sigma_k adjoint_{k+1}‖², averaged over the batch; memory does not grow with K.
+    Args:
+        steps: which noisy steps (0 … N−1) to regress on, all by default; the loss is scaled to stand for all. With `random_steps` it is
+            an unbiased estimate of Σ_k ½‖u_k + sigma_k adjoint_{k+1}‖², averaged over the batch.
     """
     trajectory = rollout(policy, sampler, batch, generator, reference=False)
     adjoints, base_means, reward = lean_adjoint(policy, sampler, batch, trajectory, log_likelihood)
-    chosen, scale = _chosen_steps(sampler, num_regression_steps, generator)
+    chosen = sampler.noisy_steps if steps is None else [sampler.noisy_steps[i] for i in steps]
+    scale = len(sampler.noisy_steps) / len(chosen)
     loss, kl = _regression(policy, sampler, batch, trajectory, chosen, scale, lambda k: adjoints[k + 1], lambda k: base_means[k])
     return loss, _metrics(reward, kl, batch)
-
-
-def _chosen_steps(sampler: Sampler, count: int | None, generator: torch.Generator | None) -> tuple[list[int], float]:
-    """A random subset of the noisy steps, and the factor that makes sums over it unbiased."""
-    noisy = torch.tensor(sampler.noisy_steps)
-    count = len(noisy) if count is None else count
-    if not 1 <= count <= len(noisy):
-        raise ValueError(f"num_regression_steps must be between 1 and the number of noisy steps, {len(noisy)}; got {count}.")
-    device = generator.device if generator is not None else "cpu"
-    order = torch.randperm(len(noisy), generator=generator, device=device).cpu()
-    return noisy[order[:count]].tolist(), len(noisy) / count
 
 
 def _regression(
@@ -134,7 +138,7 @@ def _regression(
     sampler: Sampler,
     batch: Batch,
     trajectory: Rollout,
-    chosen: list[int],
+    chosen: Sequence[int],
     scale: float,
     next_adjoint: Callable[[int], torch.Tensor],
     base_mean: Callable[[int], torch.Tensor],
@@ -156,7 +160,7 @@ def policy_gradient(
     sampler: Sampler,
     batch: Batch,
     log_likelihood: LogLikelihood,
-    generator: torch.Generator | None = None,
+    generator: RandomSource = None,
     *,
     clip_range: float = 0.2,
     experience: Experience | None = None,
@@ -181,7 +185,7 @@ def policy_gradient(
         advantage = experience.advantages[i].to(ratio)
         gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage)
         loss = loss + (taken.kl(experience.base[i]) - gain).mean()
-    return loss * len(noisy) / len(steps), _metrics(experience.reward, experience.kl, batch)
+    return loss * len(noisy) / len(steps), _metrics(experience.reward, experience.kl.sum(0), batch)
 
 
 OBJECTIVES: dict[str, Callable[..., tuple[torch.Tensor, Metrics]]] = {

@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 
 from .conditions import Condition
 from .labels import LabelSpace
 from .policy import Policy
+from .randomness import RandomSource, standard_normal
 from .transitions import Transition, model_input, transition
 
 
@@ -159,7 +159,7 @@ def rollout(
     policy: Policy,
     sampler: Sampler,
     batch: Batch,
-    generator: torch.Generator | None = None,
+    generator: RandomSource = None,
     *,
     tuned: bool = True,
     grad_steps: int = 0,
@@ -199,10 +199,23 @@ def rollout(
     return Rollout(tuple(states), kl, log_ratio, tuple(stds))
 
 
-def start_noise(shape: tuple[int, ...], sampler: Sampler, generator: torch.Generator | None, dtype=torch.float32, device="cpu"):
+def start_noise(shape: tuple[int, ...], sampler: Sampler, generator: RandomSource, dtype=torch.float32, device="cpu"):
     """x_0 ~ N(0, init_noise_sigma²), as the pipelines draw it; flow schedulers have no such number, and start from N(0, 1)."""
     scale = getattr(sampler.scheduler, "init_noise_sigma", 1.0)
-    return randn_tensor(shape, generator=generator, device=torch.device(device), dtype=dtype) * scale
+    return standard_normal(shape, generator, torch.device(device), dtype) * scale
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a batch is to be of, without its noise. label_rows, prompt_rows: (B,). labels: (B, A). gamma: (B,)."""
+
+    label_rows: torch.Tensor
+    prompt_rows: torch.Tensor
+    labels: torch.Tensor
+    gamma: torch.Tensor
+
+    def __getitem__(self, rows: Any) -> Choice:
+        return Choice(*(value[rows] for value in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -216,8 +229,8 @@ class Environment:
         labels: (M, A), the labels that are drawn, uniformly; NaN where an attribute is left free.
         spread: (M, A), where continuous labels are drawn: uniformly within so much of the row's; None for no attribute that is.
         space: what the columns of `labels` mean; evaluation takes them for class indices without it.
-        gamma: exponent of the likelihood, of every batch but those of `draw` where there is a range.
-        gamma_range: (low, high); `draw` then draws gamma log-uniformly from it, one for each trajectory.
+        gamma: exponent of the likelihood, of every batch but those of `choose` and `draw` where there is a range.
+        gamma_range: (low, high); `choose` then draws gamma log-uniformly from it, one for each trajectory.
         decode: states (B, C, *) -> images in [0, 1]; identity by default. Differentiable where the reward is.
         prompt_embeds: (P, L, D) or P rows of a `Condition`, the prompts that are drawn, uniformly; None for an unconditional denoiser.
         null_embeds: (1, L, D), for guidance.
@@ -259,39 +272,49 @@ class Environment:
         """The same of states, (B, C, *) -> (B, M) nats: decoded once."""
         return self.scores(self.decode(x))
 
-    def batch(self, label_rows: torch.Tensor, prompt_rows: torch.Tensor, generator: torch.Generator | None) -> Batch:
-        """A batch with labels[label_rows] and prompt_embeds[prompt_rows], its x_0 drawn from `generator`."""
-        device = self.labels.device
+    def start(self, choice: Choice, generator: RandomSource) -> Batch:
+        """The batch of a choice, its x_0 drawn from `generator`."""
+        size, device = len(choice.label_rows), self.labels.device
         dtype = torch.float32 if self.prompt_embeds is None else self.prompt_embeds.dtype
-        noise = start_noise((len(label_rows), *self.shape), self.sampler, generator, dtype, device)
+        noise = start_noise((size, *self.shape), self.sampler, generator, dtype, device)
         embeds = null = None
         if self.prompt_embeds is not None:
-            embeds = self.prompt_embeds[prompt_rows]
+            embeds = self.prompt_embeds[choice.prompt_rows]
         if self.null_embeds is not None:
-            null = self.null_embeds.expand(len(label_rows), -1, -1)
-        gamma = torch.full((len(label_rows),), float(self.gamma), device=device)
-        return Batch(noise, self.labels[label_rows], gamma, embeds, null, prompt_rows, label_rows)
+            null = self.null_embeds.expand(size, -1, -1)
+        return Batch(noise, choice.labels, choice.gamma, embeds, null, choice.prompt_rows, choice.label_rows)
 
-    def draw(self, size: int, generator: torch.Generator | None) -> Batch:
-        """A random batch in which every (label, prompt) pair is as frequent as the next, up to rounding."""
+    def batch(self, label_rows: torch.Tensor, prompt_rows: torch.Tensor, generator: RandomSource) -> Batch:
+        """A batch with labels[label_rows] and prompt_embeds[prompt_rows], its x_0 drawn from `generator`."""
+        gamma = torch.full((len(label_rows),), float(self.gamma), device=self.labels.device)
+        return self.start(Choice(label_rows, prompt_rows, self.labels[label_rows], gamma), generator)
+
+    def choose(self, size: int, generator: torch.Generator | None) -> Choice:
+        """A random choice in which every (label, prompt) pair is as frequent as the next, up to rounding."""
         pairs = len(self.labels) * self.num_prompts
         device = generator.device if generator is not None else "cpu"
         rounds = [torch.randperm(pairs, generator=generator, device=device).cpu() for _ in range(-(-size // pairs))]
         index = torch.cat(rounds)[:size]
-        batch = self.batch(index % len(self.labels), index // len(self.labels), generator)
+        label_rows, prompt_rows = index % len(self.labels), index // len(self.labels)
+        labels = self.labels[label_rows]
         if self.spread is not None:
-            place = 2 * torch.rand(batch.labels.shape, generator=generator, device=device).to(batch.labels) - 1
-            batch = replace(batch, labels=batch.labels + place * self.spread[batch.label_rows])
-        if self.gamma_range is None:
-            return batch
-        low, high = self.gamma_range
-        # stratified: every batch covers the range
-        place = (
-            torch.randperm(size, generator=generator, device=device) + torch.rand(size, generator=generator, device=device)
-        ) / size
-        return replace(batch, gamma=(low * (high / low) ** place).to(batch.gamma))
+            place = 2 * torch.rand(labels.shape, generator=generator, device=device).to(labels) - 1
+            labels = labels + place * self.spread[label_rows]
+        gamma = torch.full((size,), float(self.gamma), device=labels.device)
+        if self.gamma_range is not None:
+            low, high = self.gamma_range
+            # stratified: every batch covers the range
+            place = (
+                torch.randperm(size, generator=generator, device=device) + torch.rand(size, generator=generator, device=device)
+            ) / size
+            gamma = (low * (high / low) ** place).to(gamma)
+        return Choice(label_rows, prompt_rows, labels, gamma)
 
-    def grid(self, per_label: int, generator: torch.Generator | None) -> Batch:
+    def draw(self, size: int, generator: torch.Generator | None) -> Batch:
+        """The batch of a random choice, all of it from one generator."""
+        return self.start(self.choose(size, generator), generator)
+
+    def grid(self, per_label: int, generator: RandomSource) -> Batch:
         """`per_label` rows of each label, in order of label, each running through the prompts in turn."""
         label_rows = torch.arange(len(self.labels)).repeat_interleave(per_label)
         prompt_rows = torch.arange(per_label).remainder(self.num_prompts).repeat(len(self.labels))

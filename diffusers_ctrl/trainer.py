@@ -1,7 +1,8 @@
 """CTRLTrainer: draw a batch, ask the objective for a loss, step, log, save, resume. There is no diffusion mathematics in it.
 
-Every random number of update u, micro-batch m and process p comes from a generator seeded by (seed, u, m, p): a resumed run draws
-what the uninterrupted one would have drawn, with no generator state to save.
+Every random number of trajectory i of update u comes from a generator seeded by (seed, u, i), and what a batch draws once from one seeded
+by (seed, u). So a resumed run draws what the uninterrupted one would have drawn, with no generator state to save, and an update is the
+same however its batch is cut into micro-batches and dealt out to processes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import math
 import random
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
+from . import processes
 from .checkpoints import (
     Checkpoint,
     checkpoint_folder,
@@ -38,12 +39,13 @@ from .checkpoints import (
 )
 from .conditions import Condition
 from .evaluation import gamma_grid
-from .experience import Baseline, NonFiniteError, checked, collect
+from .experience import Baseline, Experience, NonFiniteError, collect, less_baseline
 from .labels import label_grid
 from .monitoring import Monitor, measure
-from .objectives import OBJECTIVES
+from .objectives import OBJECTIVES, random_steps
 from .policy import Policy
 from .preemption import EXIT_PREEMPTED, Preempted, Preemption
+from .randomness import TrajectoryNoise, batch_seeds
 from .rollouts import Batch, Environment, Sampler
 from .transitions import start_snr
 
@@ -88,8 +90,12 @@ class CTRLConfig:
     coarse_steps: int = _option(8, "Denoising steps of the coarse start; what is learned there carries over.")
     merge_lora: bool = _option(False, "Compute W + BA once an update: about half the cost on small float32 models.")
     checkpointing: bool = _option(False, "Recompute denoiser calls in backward: less memory, more time.")
-    batch_size: int = _option(64, "Trajectories per micro-batch and process.")
-    gradient_accumulation_steps: int = _option(1, "Micro-batches per update.")
+    batch_size: int = _option(64, "Trajectories at a time on each process: a micro-batch.")
+    gradient_accumulation_steps: int = _option(1, "Micro-batches per update on each process.")
+    global_batch_size: int | None = _option(
+        None,
+        "Trajectories per update on all processes together, in as many micro-batches as it takes: the same update on any number.",
+    )
     max_updates: int = _option(300, "Optimizer updates.")
     learning_rate: float = _option(1e-3, "AdamW learning rate of LoRA, at its peak.")
     label_learning_rate: float = _option(1e-2, "AdamW learning rate of the label encoder, at its peak.")
@@ -143,6 +149,7 @@ class CTRLConfig:
         for name in (
             "batch_size",
             "gradient_accumulation_steps",
+            "global_batch_size",
             "max_updates",
             "num_inference_steps",
             "lora_rank",
@@ -153,18 +160,19 @@ class CTRLConfig:
             "max_bad_updates",
             "eval_trajectories",
         ):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.kl_limit is not None and not (self.kl_limit > 0 and self.eval_every):
             raise ValueError(
                 f"kl_limit must be positive and needs eval_every, since measurements find it; got {self.kl_limit} with eval_every = {self.eval_every}."
             )
+        if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
+            raise ValueError("Give global_batch_size or gradient_accumulation_steps, not both: the one follows from the other.")
 
     def objective_options(self) -> dict[str, Any]:
         """The chosen objective's own options."""
         own = {
             "direct_backprop": ("truncation",),
-            "adjoint_matching": ("num_regression_steps",),
             "policy_gradient": ("clip_range",),
         }
         return {name: getattr(self, name) for name in own.get(self.objective, ())}
@@ -181,6 +189,7 @@ FREE = (
     "injection_site",
     "batch_size",
     "gradient_accumulation_steps",
+    "global_batch_size",
     "merge_lora",
     "checkpointing",
     "checkpoint_every",
@@ -241,7 +250,7 @@ class CTRLTrainer:
         shape: (C, H, W) of a latent. labels: (M, A), the labels to learn; by default `label_grid` of the policy's label space.
         decode, prompt_embeds, null_embeds: see `Environment`.
         log_partition: estimate of the mean log Z in nats, for the gap shown in the progress bar.
-        save_images: called with (update, policy) at every `sample_every`.
+        save_images: called with (update, policy) at every `sample_every`, on every process.
         identity: whatever else makes the run what it is (data, prompts, scorer), for JSON. It is kept in the checkpoints; one with
             another identity is not resumed.
     """
@@ -266,9 +275,14 @@ class CTRLTrainer:
         self.config = config
         self.output_dir = Path(config.output_dir)
         trackers = None if config.report_to == "none" else config.report_to
-        self.accelerator = accelerator or Accelerator(
+        self.accelerator = accelerator or processes.make_accelerator(
             mixed_precision=config.mixed_precision, log_with=trackers, project_dir=str(self.output_dir)
         )
+        self.batch_size = config.global_batch_size or config.batch_size * config.gradient_accumulation_steps * processes.count()
+        if self.batch_size < processes.count():
+            raise ValueError(
+                f"global_batch_size = {self.batch_size} leaves some of the {processes.count()} processes without work."
+            )
         device = self.accelerator.device
         self.policy = policy.to(device)
         spread, names = None, None
@@ -305,7 +319,7 @@ class CTRLTrainer:
         # LoRA and the label encoder train in float32 whatever the base is stored in
         for parameter in (*groups["lora"], *groups["label_encoder"]):
             parameter.data = parameter.data.float()
-            parameter.data = broadcast(parameter.data)
+        processes.broadcast(parameter.data for group in groups.values() for parameter in group)
         self.peaks = [config.learning_rate, config.label_learning_rate]
         optimizer = torch.optim.AdamW(
             [{"params": groups["lora"], "lr": self.peaks[0]}, {"params": groups["label_encoder"], "lr": self.peaks[1]}],
@@ -345,6 +359,9 @@ class CTRLTrainer:
         if config.report_to != "none":
             settings = {k: v for k, v in asdict(config).items() if isinstance(v, (int, float, str, bool))}
             self.accelerator.init_trackers("ctrl", config=settings)
+        self.accelerator.print(
+            f"{self.batch_size} trajectories an update, at most {config.batch_size} at a time on each of {processes.count()} process(es)"
+        )
         bar = tqdm(total=config.max_updates, initial=self.update, desc="training", unit="update", disable=not main)
         watched = 0 < config.eval_every <= config.max_updates
         if watched and self.monitor.base is None and self.update < config.max_updates:
@@ -380,9 +397,9 @@ class CTRLTrainer:
                 is_best = self.monitor.best is not None and self.monitor.best["update"] == self.update
                 if is_best or (config.checkpoint_every and self.update % config.checkpoint_every == 0):
                     self._save_checkpoint()
-                if main and self.save_images is not None and config.sample_every and self.update % config.sample_every == 0:
+                if self.save_images is not None and config.sample_every and self.update % config.sample_every == 0:
                     self.save_images(self.update, self.policy)
-                if self._any(preemption.asked is not None):
+                if processes.agree(preemption.asked is not None):
                     self._leave(preemption.asked)
         bar.close()
         self._save_checkpoint()
@@ -397,12 +414,6 @@ class CTRLTrainer:
     def _tell(self, sentence: str) -> None:
         if self.accelerator.is_main_process:
             logger.warning(sentence)
-
-    def _any(self, flag: bool) -> bool:
-        """Whether the flag is set on any process."""
-        if self.accelerator.num_processes == 1:
-            return flag
-        return bool(self.accelerator.gather(torch.tensor([flag], device=self.accelerator.device).float()).any())
 
     def _skip(self, error: NonFiniteError) -> None:
         """Counts an update that came to nothing; stops the training where there were too many in a row."""
@@ -445,8 +456,6 @@ class CTRLTrainer:
                 gammas=[config.gamma] if config.gamma_range is None else gamma_grid(tuple(config.gamma_range)),
                 batch_size=config.batch_size,
                 tuned=tuned,
-                part=(accelerator.process_index, accelerator.num_processes),
-                total=lambda tensor: accelerator.reduce(tensor, reduction="sum"),
             )
         if not tuned:
             self.monitor.take_base(found)
@@ -458,26 +467,22 @@ class CTRLTrainer:
 
     def _keep(self, best: int) -> None:
         """Takes the weights of the best checkpoint, if it is whole."""
-        parameters, error = {}, None
-        if self.accelerator.is_main_process:
+
+        def found() -> tuple[dict[str, torch.Tensor], str | None]:
             try:
-                tensors = read_checkpoint(checkpoint_folder(self._root, best)).tensors
-                parameters = {name: tensors[f"parameter.{name}"] for name in self._named}
-            except (ValueError, KeyError) as problem:
-                error = f"The last weights are kept, though update {best} was better: {problem}"
-        parameters, error = self._from_main(parameters, error)
-        if error is not None:
-            return self._tell(error)
+                return _part(read_checkpoint(checkpoint_folder(self._root, best)).tensors, "parameter."), None
+            except ValueError as problem:
+                return {}, f"The last weights are kept, though those of update {best} were better: {problem}"
+
+        parameters, problem = processes.on_main(found)
+        if problem is not None:
+            return self._tell(problem)
         for name, parameter in self._named.items():
             parameter.data.copy_(parameters[name])
         self.best_kept = best
         self._tell(
             f"The weights are those of update {best}: J was {self.monitor.best['objective']:.2f} nats there, clearly above the last."
         )
-
-    def _from_main(self, *values: Any) -> list[Any]:
-        """What the main process has of these values, on every process."""
-        return broadcast_object_list(list(values)) if self.accelerator.num_processes > 1 else list(values)
 
     def learning_rate(self, update: int) -> float:
         """Fraction of the peak: linear warm-up, then a cosine to `lr_final`."""
@@ -486,41 +491,12 @@ class CTRLTrainer:
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, update / config.max_updates)))
         return warm * (config.lr_final + (1 - config.lr_final) * cosine)
 
-    def _generator(self, micro: int) -> torch.Generator:
-        entropy = (self.config.seed, self.update, micro, self.accelerator.process_index)
-        seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
-        return torch.Generator(self.accelerator.device).manual_seed(seed)
-
     def _seed_global_generators(self, *place: int) -> None:
         """A scorer or a denoiser may draw from the global generators, and must do so alike when resumed."""
-        entropy = (5_000_003, self.config.seed, self.accelerator.process_index, *place)
-        seeds = np.random.SeedSequence(entropy).generate_state(3, np.uint32).tolist()
-        random.seed(seeds[0])
-        np.random.seed(seeds[1])
-        torch.manual_seed(seeds[2])
-
-    def _agree(self, problem: str | None) -> None:
-        """Raises NonFiniteError on every process if one of them has a problem."""
-        if self._any(problem is not None):
-            if self.accelerator.num_processes > 1:
-                problems = gather_object([problem])
-                first = next(index for index, found in enumerate(problems) if found is not None)
-                problem = f"on process {first + 1} of {len(problems)}, {problems[first]}"
-            raise NonFiniteError(problem)
-
-    def _log_likelihood(self, environment: Environment) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """The environment's; a NaN that one process meets is met by all, before they next wait for each other."""
-
-        def agreed(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            reward, problem = environment.log_likelihood(x, labels), None
-            try:
-                checked(reward)
-            except NonFiniteError as error:
-                problem = str(error)
-            self._agree(problem)
-            return reward
-
-        return environment.log_likelihood if self.accelerator.num_processes == 1 else agreed
+        first, second, third = batch_seeds(2, 5_000_003, self.config.seed, processes.index(), *place)
+        random.seed(first)
+        np.random.seed(second % 2**32)
+        torch.manual_seed(third)
 
     def _step(self) -> dict[str, float]:
         """One update. Where it takes several optimizer steps and one fails, all are taken back."""
@@ -541,84 +517,115 @@ class CTRLTrainer:
             raise
 
     def _update(self) -> dict[str, float]:
-        config, accelerator = self.config, self.accelerator
+        config, device = self.config, self.accelerator.device
         environment = self.coarse if self.update < config.coarse_updates else self.environment
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * self.learning_rate(self.update)
-        options = config.objective_options()
-        work: list[tuple[Batch, torch.Generator, list[dict[str, Any]]]] = []
-        for micro in range(config.gradient_accumulation_steps):
-            generator = self._generator(micro)
-            batch = environment.draw(config.batch_size, generator)
-            passes = [options]
-            if config.objective == "policy_gradient":
-                passes = [options | part for part in self._experience(environment, batch, generator, micro)]
-            work.append((batch, generator, passes))
+        once, *each = batch_seeds(self.batch_size, config.seed, self.update)
+        shared = torch.Generator(device).manual_seed(once)
+        choice = environment.choose(self.batch_size, shared)
+        passes = self._passes(environment, shared)
+
+        def start(rows: range) -> tuple[Batch, TrajectoryNoise]:
+            noise = TrajectoryNoise(each[rows.start : rows.stop], device)
+            return environment.start(choice[rows.start : rows.stop], noise), noise
+
+        own = processes.share(self.batch_size)
+        micros = [own[at : at + config.batch_size] for at in range(0, len(own), config.batch_size)]
+        work: Iterable[tuple[Batch, TrajectoryNoise, dict[str, Any]]]
+        if config.objective == "policy_gradient":
+            started = [start(rows) for rows in micros]
+            experiences = self._experience(environment, started)
+            work = [(*one, {"experience": experience}) for one, experience in zip(started, experiences, strict=True)]
+        else:
+            work = ((*start(rows), {}) for rows in micros)  # one pass: a micro-batch is made when its turn comes
         totals: dict[str, float] = {}
-        for index in range(len(work[0][2])):
-            totals = {}
-            for micro, (batch, generator, passes) in enumerate(work):
-                with self._naming(micro), self.policy.merged(config.merge_lora):
-                    with self.accelerator.autocast():
-                        loss, metrics = OBJECTIVES[config.objective](
-                            self.policy, environment.sampler, batch, self._log_likelihood(environment), generator, **passes[index]
-                        )
-                    self._agree(None if torch.isfinite(loss) else f"the loss is {loss.item()}")
-                    accelerator.backward(loss / config.gradient_accumulation_steps)
-                for name, value in metrics.items():
-                    totals[name] = totals.get(name, 0.0) + value / config.gradient_accumulation_steps
-            totals = self._optimize(totals)
+        for options in passes:
+            totals = self._optimize(self._gradient(environment, work, len(micros), config.objective_options() | options))
         return totals
 
-    def _experience(
-        self, environment: Environment, batch: Batch, generator: torch.Generator, micro: int
-    ) -> Iterator[dict[str, Any]]:
-        """policy_gradient's trajectories, and for each of its optimizer steps the noisy steps that it learns from."""
-        with self._naming(micro), self.policy.merged(self.config.merge_lora), self.accelerator.autocast():
-            experience = collect(
-                self.policy,
-                environment.sampler,
-                batch,
-                self._log_likelihood(environment),
-                generator,
-                self._baseline(environment),
-                lookahead=environment.log_likelihoods if self.config.lookahead_critic else None,
-                gae_lambda=self.config.gae_lambda,
-            )
-        count = len(environment.sampler.noisy_steps)
-        for _ in range(self.config.ppo_epochs):
-            order = torch.randperm(count, generator=generator, device=generator.device).cpu()
-            for part in order.tensor_split(min(self.config.ppo_minibatches, count)):
-                yield {"experience": experience, "steps": part.tolist()}
+    def _passes(self, environment: Environment, generator: torch.Generator) -> list[dict[str, Any]]:
+        """The options of each optimizer step of an update that are drawn once for all of its batch: which steps it learns from."""
+        config, count = self.config, len(environment.sampler.noisy_steps)
+        if config.objective == "adjoint_matching" and config.num_regression_steps is not None:
+            return [{"steps": random_steps(environment.sampler, config.num_regression_steps, generator)}]
+        if config.objective != "policy_gradient":
+            return [{}]
+        passes = []
+        for _ in range(config.ppo_epochs):
+            order = torch.tensor(random_steps(environment.sampler, count, generator))
+            passes += [{"steps": part.tolist()} for part in order.tensor_split(min(config.ppo_minibatches, count))]
+        return passes
+
+    def _gradient(
+        self,
+        environment: Environment,
+        work: Iterable[tuple[Batch, TrajectoryNoise, dict[str, Any]]],
+        count: int,
+        options: dict[str, Any],
+    ) -> dict[str, float]:
+        """Adds this process's share to the gradient, `count` micro-batches; returns its share of the metrics."""
+        totals: dict[str, float] = {}
+        with self._together():
+            for micro, (batch, noise, own) in enumerate(work):
+                share = len(batch) / self.batch_size
+                with self._naming(micro, count), self.policy.merged(self.config.merge_lora):
+                    with self.accelerator.autocast():
+                        loss, metrics = OBJECTIVES[self.config.objective](
+                            self.policy, environment.sampler, batch, environment.log_likelihood, noise, **own, **options
+                        )
+                    if not torch.isfinite(loss):
+                        raise NonFiniteError(f"the loss is {loss.item()}")
+                    self.accelerator.backward(loss * share)
+                for name, value in metrics.items():
+                    totals[name] = totals.get(name, 0.0) + value * share
+        return totals
+
+    def _experience(self, environment: Environment, started: list[tuple[Batch, TrajectoryNoise]]) -> list[Experience]:
+        """policy_gradient's trajectories of each micro-batch."""
+        lookahead = environment.log_likelihoods if self.config.lookahead_critic else None
+        found = []
+        with self._together():
+            for micro, (batch, noise) in enumerate(started):
+                with self._naming(micro, len(started)), self.policy.merged(self.config.merge_lora), self.accelerator.autocast():
+                    arguments = (self.policy, environment.sampler, batch, environment.log_likelihood, noise)
+                    found.append(collect(*arguments, lookahead=lookahead))
+        batches = [batch for batch, _ in started]
+        return less_baseline(found, batches, self._baseline(environment), self.config.gae_lambda)
 
     def _baseline(self, environment: Environment) -> Baseline:
         shape = len(environment.labels), environment.num_prompts, len(environment.sampler.noisy_steps)
         features = 1 + len(environment.labels) if self.config.lookahead_critic else 0
         if self.baseline is None or (self.baseline.mean.shape, self.baseline.moments.shape[2]) != (shape, features):
             self.baseline = Baseline(*shape, features=features)
-        if self.accelerator.num_processes > 1:
-            self.baseline.gather = self.accelerator.gather
+        self.baseline.gather = processes.gather_rows
         return self.baseline
 
     @contextlib.contextmanager
-    def _naming(self, micro: int) -> Iterator[None]:
-        """Adds the micro-batch to the message of a NaN, and leaves no half gradient."""
+    def _naming(self, micro: int, count: int) -> Iterator[None]:
+        """Adds the micro-batch to the message of a NaN."""
         try:
             yield
         except NonFiniteError as error:
+            raise NonFiniteError(f"in micro-batch {micro + 1} of {count}, {error}") from error
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """A NaN on one process is raised on all of them, and leaves no half gradient."""
+        try:
+            with processes.together(NonFiniteError):
+                yield
+        except NonFiniteError:
             self.optimizer.zero_grad(set_to_none=True)
-            raise NonFiniteError(f"in micro-batch {micro + 1} of {self.config.gradient_accumulation_steps}, {error}") from error
+            raise
 
     def _optimize(self, totals: dict[str, float]) -> dict[str, float]:
         """One optimizer step from the gradients of all processes; the metrics with the gradient's norm."""
         config, accelerator = self.config, self.accelerator
         parameters = list(self._named.values())
-        if accelerator.num_processes > 1:
-            # not DistributedDataParallel: an objective calls the policy many times, and its reference, before one backward
-            for parameter in parameters:
-                parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
-            values = accelerator.reduce(torch.tensor(list(totals.values()), device=accelerator.device), reduction="mean")
-            totals = dict(zip(totals, values.tolist(), strict=True))
+        # not DistributedDataParallel: an objective calls the policy many times, and its reference, before one backward
+        processes.sum_gradients(parameters)
+        totals = dict(zip(totals, processes.sum_over(totals.values()), strict=True))
         norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
         # the norm is the same on all processes. fp16's scaler meets infinity while it looks for its scale, and skips the step itself
         finite, scaler = bool(torch.isfinite(torch.as_tensor(norm))), accelerator.scaler
@@ -651,8 +658,8 @@ class CTRLTrainer:
         }
 
     def _settings(self) -> dict[str, Any]:
-        size = self.config.batch_size * self.config.gradient_accumulation_steps * self.accelerator.num_processes
-        return {name: value for name, value in asdict(self.config).items() if name not in FREE} | {"trajectories_per_update": size}
+        settings = {name: value for name, value in asdict(self.config).items() if name not in FREE}
+        return settings | {"trajectories_per_update": self.batch_size}
 
     def _save_checkpoint(self) -> Path:
         monitor, folder = self.monitor, checkpoint_folder(self._root, self.update)
@@ -682,26 +689,33 @@ class CTRLTrainer:
             write_file(self._root / "best.json", json.dumps(named, indent=2) + "\n")
 
     def _resume(self, name: str) -> None:
-        """Takes up a checkpoint; every process as the main one reads it."""
-        found, told, error = None, [], None
-        if self.accelerator.is_main_process:
+        """Takes up a checkpoint, which the main process reads for all."""
+
+        def found() -> tuple[Checkpoint | None, list[str], str | None]:
             try:
-                found, told = read_latest(self._root) if name == "latest" else (read_checkpoint(Path(name)), [])
-                if found is None:
-                    told = [f"resume_from latest: there is no checkpoint in {self._root} yet; the run starts from the beginning."]
+                if name != "latest":
+                    checkpoint, damaged = read_checkpoint(Path(name)), []
                 else:
-                    told = [f"{sentence} The one before is used." for sentence in told[:1]] + told[1:]
-                    told += self._compare(found)
+                    checkpoint, damaged = read_latest(self._root)
+                if checkpoint is None:
+                    return (
+                        None,
+                        [f"resume_from latest: there is no checkpoint in {self._root} yet; the run starts from the beginning."],
+                        None,
+                    )
+                told = [f"{sentence} The one before it is used." for sentence in damaged]
+                return checkpoint, told + self._compare(checkpoint), None
             except ValueError as problem:
-                error = str(problem)
-        found, error = self._from_main(found, error)
-        if error is not None:
-            raise ValueError(error)
+                return None, [], str(problem)
+
+        checkpoint, told, problem = processes.on_main(found)
+        if problem is not None:
+            raise ValueError(problem)
         for sentence in told:
             self._tell(sentence)
-        if found is not None:
-            self._load(found)
-            self.accelerator.print(f"resumed from {found.folder} at update {self.update}")
+        if checkpoint is not None:
+            self._load(checkpoint)
+            self.accelerator.print(f"resumed from {checkpoint.folder} at update {self.update}")
 
     def _compare(self, found: Checkpoint) -> list[str]:
         """Sentences on settings that were changed. Raises ValueError where the checkpoint's weights would mean something else now."""
@@ -725,20 +739,16 @@ class CTRLTrainer:
 
     def _load(self, found: Checkpoint) -> None:
         tensors, state = found.tensors, found.state
-
-        def part(prefix: str) -> dict[str, torch.Tensor]:
-            return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
         for name, parameter in self._named.items():
             parameter.data.copy_(tensors[f"parameter.{name}"])
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 with contextlib.suppress(KeyError):
                     value = tensors[f"optimizer.{key}.{name}"]
                     self.optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
-        if learned := part("baseline."):
+        if learned := _part(tensors, "baseline."):
             self.baseline = Baseline(*learned["mean"].shape)
             self.baseline.load(learned)
-        self.monitor.load(state["monitor"], part("monitor."))
+        self.monitor.load(state["monitor"], _part(tensors, "monitor."))
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         for name in STATE:
@@ -749,6 +759,11 @@ class CTRLTrainer:
 
 # the plain numbers of a trainer that its checkpoints keep
 STATE = ("update", "seconds", "smooth", "bad_updates", "bad_in_a_row", "history")
+
+
+def _part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors whose names begin with the prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 @contextlib.contextmanager

@@ -25,8 +25,8 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
-from diffusers.utils.torch_utils import randn_tensor
 
+from .randomness import RandomSource, standard_normal
 from .schedulers import MemorylessFlowMatchScheduler, check_direction, posterior_coefficients
 
 
@@ -77,12 +77,10 @@ class Transition:
         terms = (((x - other_mean) / other_std).square() - ((x - mean) / std).square()) / 2 + other_std.log() - std.log()
         return _sum_but_first(terms.expand_as(mean))
 
-    def sample(
-        self, generator: torch.Generator | list[torch.Generator] | None = None, noise: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def sample(self, generator: RandomSource = None, noise: torch.Tensor | None = None) -> torch.Tensor:
         """mean + std · noise, (B, *); reparametrised, so gradients flow through mean and std."""
         if noise is None:
-            noise = randn_tensor(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
+            noise = standard_normal(self.mean.shape, generator, self.mean.device, self.mean.dtype)
         return self.mean + self.std * noise
 
 

@@ -125,7 +125,20 @@ def best_objective(steps: list[tuple[float, float, float]], y: float, noise: flo
     return r + 0.5 * p  # x_0 ~ N(0, 1)
 
 
-def tiny_policy(guidance_scale: float = 1.0, perturb: float = 0.0, checkpointing: bool = False) -> Policy:
+def perturbed(policy: Policy, size: float) -> None:
+    """Moves LoRA and label encoder off zero."""
+    generator = torch.Generator().manual_seed(1)
+    for group in policy.trainable_parameters().values():
+        for parameter in group:
+            parameter.data += size * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+
+
+def tiny_policy(
+    guidance_scale: float = 1.0,
+    perturb: float = 0.0,
+    checkpointing: bool = False,
+    gamma_range: tuple[float, float] | None = None,
+) -> Policy:
     """A U-Net of a few thousand weights in float64, of three labels; `perturb` moves LoRA and label encoder off zero."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
@@ -147,12 +160,9 @@ def tiny_policy(guidance_scale: float = 1.0, perturb: float = 0.0, checkpointing
         lora_targets=["to_q", "to_v", "conv1", "time_emb_proj"],
         guidance_scale=guidance_scale,
         checkpointing=checkpointing,
+        gamma_range=gamma_range,
     ).double()
-    if perturb:
-        generator = torch.Generator().manual_seed(1)
-        for group in policy.trainable_parameters().values():
-            for parameter in group:
-                parameter.data += perturb * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    perturbed(policy, perturb)
     return policy
 
 

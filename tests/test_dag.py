@@ -12,6 +12,8 @@ import pytest
 PACKAGE = "diffusers_ctrl"
 ORDER = (
     "assets",  # a leaf: any file may import it
+    "processes",
+    "randomness",
     "untrusted",
     "hub",
     "labels",

@@ -14,8 +14,8 @@ from diffusers import (
 
 from diffusers_ctrl import Categorical, CTRLConfig, CTRLTrainer, LabelSpace, MemorylessFlowMatchScheduler, Policy
 from diffusers_ctrl.evaluation import certificate, draw_samples
-from diffusers_ctrl.experience import Baseline, NonFiniteError, collect
-from diffusers_ctrl.objectives import adjoint_matching, direct_backprop, policy_gradient
+from diffusers_ctrl.experience import Baseline, NonFiniteError, collect, less_baseline
+from diffusers_ctrl.objectives import adjoint_matching, direct_backprop, policy_gradient, random_steps
 from diffusers_ctrl.rollouts import Sampler
 from problems import (
     GaussianDenoiser,
@@ -142,22 +142,13 @@ def test_regression_on_a_random_subset_of_steps_is_unbiased():
     policy, environment = tiny_policy(perturb=0.1), tiny_environment()
     batch = environment.draw(6, torch.Generator().manual_seed(5))
     whole = gradient(adjoint_matching, policy, environment)
-    assert gradient(adjoint_matching, policy, environment, num_regression_steps=4).allclose(
-        whole
-    )  # 5 steps, the last without noise
+    assert gradient(adjoint_matching, policy, environment, steps=[2, 0, 3, 1]).allclose(whole)  # 5 steps, the last without noise
     losses = []
     for seed in range(40):
-        # the same trajectory, another subset: the noise of the rollout is drawn first
+        # the same trajectory, another subset
+        steps = random_steps(environment.sampler, 2, torch.Generator().manual_seed(seed))
         generator = torch.Generator().manual_seed(7)
-        torch.manual_seed(seed)
-        original = torch.randperm
-        torch.randperm = lambda n, seed=seed, original=original, **_: original(n, generator=torch.Generator().manual_seed(seed))
-        try:
-            loss, _ = adjoint_matching(
-                policy, environment.sampler, batch, environment.log_likelihood, generator, num_regression_steps=2
-            )
-        finally:
-            torch.randperm = original
+        loss, _ = adjoint_matching(policy, environment.sampler, batch, environment.log_likelihood, generator, steps=steps)
         losses.append(loss.item())
     full, _ = adjoint_matching(policy, environment.sampler, batch, environment.log_likelihood, torch.Generator().manual_seed(7))
     losses = torch.tensor(losses)
@@ -172,7 +163,7 @@ def test_truncation_changes_the_gradient_and_is_checked():
     with pytest.raises(ValueError, match="truncation must be between 2 and the number of steps, 5"):
         gradient(direct_backprop, policy, environment, truncation=6)
     with pytest.raises(ValueError, match="num_regression_steps must be between 1"):
-        gradient(adjoint_matching, policy, environment, num_regression_steps=5)
+        random_steps(environment.sampler, 5)
 
 
 # -- policy gradient --
@@ -193,8 +184,8 @@ def test_policy_gradient_has_the_path_wise_gradient_in_expectation(perturb, look
             batch = environment.draw(60, generator)
             options = {}
             if name == "policy":
-                arguments = (policy, environment.sampler, batch, environment.log_likelihood, generator, baseline)
-                experience = collect(*arguments, lookahead=scores)
+                arguments = (policy, environment.sampler, batch, environment.log_likelihood, generator)
+                (experience,) = less_baseline([collect(*arguments, lookahead=scores)], [batch], baseline)
                 if seed == 0:
                     continue  # the first batch is its own baseline
                 options = {"experience": experience}
@@ -263,17 +254,16 @@ def test_advantages_count_later_kl_only():
     found = collect(policy, environment.sampler, batch, environment.log_likelihood, generator)
     torch.testing.assert_close(found.advantages[-1], 1.3 * found.reward)
     assert (found.advantages[0] < found.advantages[-1]).all()
-    assert (found.advantages[0] > 1.3 * found.reward - found.kl).all()
+    assert (found.advantages[0] > 1.3 * found.reward - found.kl.sum(0)).all()
 
 
 def test_the_baseline_is_a_running_mean_of_its_pair():
-    environment = tiny_environment()
     baseline = Baseline(3, 2, 1, decay=0.5)
-    batch = environment.batch(torch.tensor([0, 0, 1]), torch.tensor([0, 0, 1]), None)
+    pairs = torch.tensor([0, 0, 1]), torch.tensor([0, 0, 1])
     returns = torch.tensor([[1.0, 3.0, 8.0]], dtype=torch.float64)
-    assert torch.equal(baseline.values(returns, batch), torch.full_like(returns, 4.0))  # nothing known yet: the batch's mean
-    assert torch.equal(baseline.values(returns, batch), torch.tensor([[2.0, 2.0, 8.0]], dtype=torch.float64))
-    baseline.values(returns + 4, batch)
+    assert torch.equal(baseline.values(returns, *pairs), torch.full_like(returns, 4.0))  # nothing known yet: the batch's mean
+    assert torch.equal(baseline.values(returns, *pairs), torch.tensor([[2.0, 2.0, 8.0]], dtype=torch.float64))
+    baseline.values(returns + 4, *pairs)
     assert baseline.mean[0, 0, 0] == 5.0 and baseline.mean[1, 1, 0] == 10.0  # two rows move it by 3/4, one by 1/2
     assert not baseline.mean[2].any()
 
@@ -289,13 +279,15 @@ def test_the_baseline_regresses_on_features_what_the_means_leave_over():
         features = torch.randn(2, 60, 2, generator=generator, dtype=torch.float64)
         level = batch.label_rows.double() - 2 * batch.prompts.double()
         returns = level + slopes[:, batch.label_rows] * features[..., 1]
-        expected, level = baseline.values(returns, batch, features), means_only.values(returns, batch)
+        pairs = batch.label_rows, batch.prompts
+        expected, level = baseline.values(returns, *pairs, features), means_only.values(returns, *pairs)
     # not all: the running mean wavers with the features of its last batches
     assert (returns - expected).square().mean() < 0.2 * (returns - level).square().mean()
     fresh = Baseline(3, 2, 2, features=2)
     fresh.load(baseline.state())
     other = environment.draw(60, generator)
-    assert torch.equal(fresh.values(returns, other, features), baseline.values(returns, other, features))
+    pairs = other.label_rows, other.prompts
+    assert torch.equal(fresh.values(returns, *pairs, features), baseline.values(returns, *pairs, features))
 
 
 def test_a_lookahead_takes_noise_out_of_the_advantages_and_gae_more():
@@ -310,8 +302,8 @@ def test_a_lookahead_takes_noise_out_of_the_advantages_and_gae_more():
         generator = torch.Generator().manual_seed(0)
         for _ in range(12):
             batch = environment.draw(90, generator)
-            arguments = (policy, environment.sampler, batch, environment.log_likelihood, generator, baseline)
-            found[name] = collect(*arguments, lookahead=scores, gae_lambda=gae_lambda)
+            arguments = (policy, environment.sampler, batch, environment.log_likelihood, generator)
+            (found[name],) = less_baseline([collect(*arguments, lookahead=scores)], [batch], baseline, gae_lambda)
     assert torch.equal(found["plain"].reward, found["gae"].reward)  # the same trajectories
     spread = {name: experience.advantages.square().mean(dim=1) for name, experience in found.items()}
     assert spread["lookahead"][-1] < 0.6 * spread["plain"][-1]  # close to the end the estimate tells nearly all

@@ -105,14 +105,8 @@ def test_policy_gradient_steps_several_times_on_one_batch(tmp_path):
     """Each update collects once and takes epochs x minibatches optimizer steps, which between them see every pair once an epoch."""
     trainer = make_trainer(tmp_path, objective="policy_gradient", ppo_epochs=2, ppo_minibatches=3, max_updates=1, batch_size=16)
     seen, steps = [], []
-    original, step = trainer._experience, trainer.optimizer.step
-
-    def watched(*args):
-        for part in original(*args):
-            seen.append(part["steps"])
-            yield part
-
-    trainer._experience = watched
+    original, step = trainer._gradient, trainer.optimizer.step
+    trainer._gradient = lambda *args: (seen.append(args[-1]["steps"]), original(*args))[1]
     trainer.optimizer.step = lambda: (steps.append(1), step())
     trainer.train()
     assert len(steps) == len(seen) == 6

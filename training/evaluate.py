@@ -2,7 +2,7 @@
 
     python training/evaluate.py --adapter DIR --output_dir DIR [--config training/configs/NAME.yaml] [--ANY_FIELD VALUE …]
 
-Prompts and oracles come from the config, sampler and gamma from the adapter. Writes metrics.json, samples.png, confusion.png. With
+With `accelerate launch` in place of `python` the processes share the sampling. Prompts and oracles come from the config, sampler and gamma from the adapter. Writes metrics.json, samples.png, confusion.png. With
 `--update_adapter true` the figures and the model card go into the adapter itself.
 """
 
@@ -19,7 +19,7 @@ from transformers import HfArgumentParser
 
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from diffusers_ctrl import CTRLPipeline, Policy  # noqa: E402
+from diffusers_ctrl import CTRLPipeline, Policy, processes  # noqa: E402
 from diffusers_ctrl.adapters import Adapter, load_adapter, package_versions, resolve_folder, save_config  # noqa: E402
 from diffusers_ctrl.cards import save_card  # noqa: E402
 from diffusers_ctrl.decoding import decoder  # noqa: E402
@@ -44,7 +44,9 @@ class EvaluateConfig:
     update_adapter: bool = _option(False, "Write the figures and the card into the adapter, a local folder then.")
 
 
-def adapter_environment(adapter: Adapter, task: TaskConfig, grid: LabelGrid | None = None) -> tuple[Policy, Environment]:
+def adapter_environment(
+    adapter: Adapter, task: TaskConfig, grid: LabelGrid | None = None, device: torch.device | str = "cpu"
+) -> tuple[Policy, Environment]:
     """The adapter on its base as a policy, and what it is judged in: its own sampler and gamma, the task's prompts.
 
     log p̂ is that of the classifier which the adapter brings, or else the sum of the task's scorers.
@@ -65,15 +67,15 @@ def adapter_environment(adapter: Adapter, task: TaskConfig, grid: LabelGrid | No
     if all(scorers.get(name) is not None for name in space.attributes):
         reward = attribute_rewards({name: scorers[name] for name in space.attributes}, space)
     else:
-        reward = classifier_reward(adapter.classifier)
+        reward = classifier_reward(adapter.classifier.to(device))
     grid = grid or label_grid(space)
     settings, base = adapter.config.sampler, adapter.config.base
-    pipe = CTRLPipeline.from_pretrained(base["id"], revision=base["revision"])
+    pipe = CTRLPipeline.from_pretrained(base["id"], revision=base["revision"]).to(device)
     denoiser = pipe.denoiser.requires_grad_(False)
     load_lora_state_dict(denoiser, adapter.lora)
     policy = Policy(
         denoiser,
-        adapter.label_encoder,
+        adapter.label_encoder.to(device),
         lora_rank=None,
         injection_site=adapter.config.injection_site,
         guidance_scale=settings["guidance_scale"],
@@ -84,10 +86,10 @@ def adapter_environment(adapter: Adapter, task: TaskConfig, grid: LabelGrid | No
         Sampler(pipe.scheduler, steps, settings["options"], conditions.grid),
         conditions.shape,
         reward,
-        grid.labels,
+        grid.labels.to(device),
         adapter.config.gamma,
         decode=decoder(pipe),
-        prompt_embeds=conditions,
+        prompt_embeds=conditions.to(device),
         space=space,
     )
     return policy, environment
@@ -107,23 +109,28 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             "with, whose prompts and oracles are used."
         )
     grid = label_grid(space, config.label_bins, config.label_subsets)
-    policy, environment = adapter_environment(adapter, task, grid)
+    accelerator = processes.make_accelerator()
+    device = accelerator.device
+    policy, environment = adapter_environment(adapter, task, grid, device)
     names, oracle = grid.names, attribute_oracle(task)
     judges = {"oracle": oracle, "prompt_oracle": prompt_judge(task.prompt_oracle, task.prompts)}
     kept = {k: v for k, v in adapter.config.metrics.items() if k.startswith(("seconds_", "classifier_", "num_labels", "updates"))}
     with policy.merged():
-        tuned = draw_samples(
-            policy, environment, task.eval_samples, torch.Generator().manual_seed(config.seed + 2_000_003), description="evaluation"
-        )
+        generator = torch.Generator(device).manual_seed(config.seed + 2_000_003)
+        tuned = draw_samples(policy, environment, task.eval_samples, generator, description="evaluation", distributed=True)
         per_label = max(1, task.base_samples // len(names))
-        generator = torch.Generator().manual_seed(config.seed + 1_000_003)
-        base = draw_samples(policy, environment, per_label, generator, tuned=False, description="base samples")
-        metrics = kept | evaluate(tuned, base, environment, names, **judges)
+        generator = torch.Generator(device).manual_seed(config.seed + 1_000_003)
+        base = draw_samples(policy, environment, per_label, generator, tuned=False, description="base samples", distributed=True)
+        metrics = kept | (evaluate(tuned, base, environment, names, **judges) if accelerator.is_main_process else {})
         if adapter.config.gamma_range is not None:
-            generator = torch.Generator().manual_seed(config.seed + 3_000_003)
+            generator = torch.Generator(device).manual_seed(config.seed + 3_000_003)
             gammas = gamma_grid(tuple(adapter.config.gamma_range))
-            metrics |= evaluate_gammas(policy, environment, base, gammas, task.eval_samples, generator, names, **judges)
-        rows = sample_rows(policy, environment)
+            metrics |= evaluate_gammas(
+                policy, environment, base, gammas, task.eval_samples, generator, names, distributed=True, **judges
+            )
+        rows = sample_rows(policy, environment, distributed=True)
+    if rows is None:  # the main process has the images, judges them and writes the files
+        return metrics
     metrics |= {
         "seed": adapter.config.metrics.get("seed", config.seed),
         "gamma": adapter.config.gamma,

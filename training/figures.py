@@ -13,22 +13,31 @@ import torch
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+from diffusers_ctrl import processes  # noqa: E402
 from diffusers_ctrl.policy import Policy  # noqa: E402
 from diffusers_ctrl.rollouts import Environment, rollout  # noqa: E402
 
 
 @torch.no_grad()
-def sample_rows(policy: Policy, environment: Environment, columns: int = 10, seed: int = 0) -> torch.Tensor:
-    """Images (1 + M, columns, C, H, W): the base, then each label, every row from the same noise and the same prompts."""
+def sample_rows(
+    policy: Policy, environment: Environment, columns: int = 10, seed: int = 0, *, distributed: bool = False
+) -> torch.Tensor | None:
+    """Images (1 + M, columns, C, H, W): the base, then each label, every row from the same noise and the same prompts.
+
+    With `distributed` all processes call this and draw their shares; the main process gets all rows, the others None.
+    """
     prompts = torch.arange(columns) % environment.num_prompts
     device = environment.labels.device
+    wanted = (None, *range(len(environment.labels)))
+    own = processes.share(len(wanted)) if distributed else range(len(wanted))
     rows = []
-    for label in (None, *range(len(environment.labels))):
+    for label in wanted[own.start : own.stop]:
         generator = torch.Generator(device).manual_seed(seed)
         batch = environment.batch(torch.full((columns,), label or 0), prompts, generator)
         trajectory = rollout(policy, environment.sampler, batch, generator, tuned=label is not None, reference=False)
         rows.append(environment.decode(trajectory.sample).float().cpu())
-    return torch.stack(rows)
+    drawn = torch.stack(rows) if rows else torch.zeros(0)
+    return processes.gather_rows(drawn, to_main=True) if distributed else drawn
 
 
 def plot_samples(rows: torch.Tensor, names: Sequence[str], path: Path, title: str = "") -> None:

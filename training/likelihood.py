@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
 
-from diffusers_ctrl import Continuous, CTRLConfig, LabelSpace
+from diffusers_ctrl import Continuous, CTRLConfig, LabelSpace, processes
 from diffusers_ctrl.checkpoints import differences, fingerprint, write_file
 from diffusers_ctrl.classifiers import Classifier, fit_classifier, resized
 from diffusers_ctrl.decoding import decoder, round_trip
@@ -43,18 +43,56 @@ class Likelihood:
     weights: str | None
 
 
-def labelled_images(task: TaskConfig, config: CTRLConfig, pipe: DiffusionPipeline) -> tuple[LabelSpace, torch.Tensor, torch.Tensor]:
+def _by_dataset(task: TaskConfig) -> dict[str, list[AttributeTask]]:
+    """The attributes without a scorer, by the dataset that labels them."""
+    shared: dict[str, list[AttributeTask]] = {}
+    for attribute in task.attributes():
+        if attribute.scorer is None:
+            shared.setdefault(attribute.dataset, []).append(attribute)
+    return shared
+
+
+def write_datasets(task: TaskConfig, config: CTRLConfig, pipe: DiffusionPipeline) -> dict[str, str]:
+    """Where each dataset is. The embedded digits and the base's own samples are written first.
+
+    All processes call this: they share out the drawing of the base's samples.
+    """
+    folder, found = Path(config.output_dir) / "dataset", {}
+    for dataset, attributes in _by_dataset(task).items():
+        found[dataset] = dataset
+        if dataset.startswith("digits:"):
+            spec = dataset.removeprefix("digits:")
+            arguments = (folder / spec.replace("/", "-of-"), spec, task.num_labels, config.seed)
+            found[dataset] = str(processes.on_main(lambda arguments=arguments: write_digits_dataset(*arguments)))
+        elif dataset == "base-samples":
+            found[dataset] = str(folder / dataset)
+            settings = {name: getattr(config, name) for name in ("num_inference_steps", "guidance_scale", "eta")}
+            accepted = inspect.signature(pipe.__call__).parameters
+            write_sampled_dataset(
+                found[dataset],
+                pipe,
+                task.prompts,
+                {attribute.name: import_function(attribute.labeller) for attribute in attributes},
+                {attribute.name: attribute.names for attribute in attributes if attribute.names is not None},
+                task.num_labels,
+                seed=config.seed,
+                **{name: value for name, value in settings.items() if name in accepted},
+            )
+    return found
+
+
+def labelled_images(
+    task: TaskConfig, pipe: DiffusionPipeline, folders: dict[str, str]
+) -> tuple[LabelSpace, torch.Tensor, torch.Tensor]:
     """What is to be learned of the attributes without a scorer: their label space, images (N, 3, H, W) in [0, 1] and labels (N, A).
 
-    A dataset is read once for all attributes that it labels. An image has NaN for the attributes that its dataset says nothing of.
+    A dataset is read once for all attributes that it labels, from where `write_datasets` says. An image has NaN for the attributes that
+    its dataset says nothing of.
     """
     attributes = [attribute for attribute in task.attributes() if attribute.scorer is None]
-    shared: dict[str, list[AttributeTask]] = {}
-    for attribute in attributes:
-        shared.setdefault(attribute.dataset, []).append(attribute)
     parts, spaces = [], {}
-    for dataset, own in shared.items():
-        data = _load(task, config, pipe, dataset, own)
+    for dataset, own in _by_dataset(task).items():
+        data = _load(task, pipe, folders[dataset], own)
         rows = torch.full((len(data.images), len(attributes)), torch.nan)
         for column, attribute in enumerate(own):
             rows[:, attributes.index(attribute)] = data.labels[:, column]
@@ -73,35 +111,14 @@ def _meaning(attribute: AttributeTask) -> Attribute | None:
     return None if attribute.names is None else attribute.categorical(attribute.names)
 
 
-def _load(
-    task: TaskConfig, config: CTRLConfig, pipe: DiffusionPipeline, dataset: str, attributes: list[AttributeTask]
-) -> LabelledImages:
-    """One dataset with a column for each of `attributes`, written first where it is the embedded digits or the base's own samples."""
-    folder = Path(config.output_dir) / "dataset"
-    columns = [attribute.label_column for attribute in attributes]
-    if dataset.startswith("digits:"):
-        spec = dataset.removeprefix("digits:")
-        dataset = str(write_digits_dataset(folder / spec.replace("/", "-of-"), spec, task.num_labels, config.seed))
-    elif dataset == "base-samples":
-        folder, columns = folder / dataset, [attribute.name for attribute in attributes]
-        dataset = str(folder)
-        settings = {name: getattr(config, name) for name in ("num_inference_steps", "guidance_scale", "eta")}
-        accepted = inspect.signature(pipe.__call__).parameters
-        write_sampled_dataset(
-            folder,
-            pipe,
-            task.prompts,
-            {attribute.name: import_function(attribute.labeller) for attribute in attributes},
-            {attribute.name: attribute.names for attribute in attributes if attribute.names is not None},
-            task.num_labels,
-            seed=config.seed,
-            **{name: value for name, value in settings.items() if name in accepted},
-        )
+def _load(task: TaskConfig, pipe: DiffusionPipeline, dataset: str, attributes: list[AttributeTask]) -> LabelledImages:
+    """One dataset with a column for each of `attributes`."""
+    own = attributes[0].dataset == "base-samples"
     return load_labelled_images(
         dataset,
         task.resolution or decoder(pipe).image_shape[-1],
         image_column=task.image_column,
-        label_column=columns,
+        label_column=[attribute.name if own else attribute.label_column for attribute in attributes],
         label_names=[attribute.names for attribute in attributes],
         kind=["continuous" if isinstance(_meaning(attribute), Continuous) else "categorical" for attribute in attributes],
         max_rows=task.num_labels,
@@ -178,14 +195,20 @@ def load_fitted(folder: Path, settings: dict[str, Any]) -> tuple[Classifier, dic
 def make_likelihood(
     task: TaskConfig, config: CTRLConfig, pipe: DiffusionPipeline, folder: Path, device: torch.device
 ) -> Likelihood:
-    """p(y | x) of all attributes: scorers as they are, and one classifier of all the others, kept in `folder`."""
+    """p(y | x) of all attributes: scorers as they are, and one classifier of all the others, kept in `folder`.
+
+    All processes call this. The main one reads the images and fits the classifier, the others get it from there.
+    """
     attributes = task.attributes()
     scorers = {attribute.name: import_function(attribute.scorer) for attribute in attributes if attribute.scorer is not None}
     given = {attribute.name: _meaning(attribute) for attribute in attributes if attribute.name in scorers}
     classifier, saved = None, {"report": {}, "seconds": 0.0, "num_labels": 0, "weights": None}
     if len(scorers) < len(attributes):
-        found = load_fitted(folder, classifier_settings(task, config)) if config.resume_from else None
-        classifier, saved = found or fit_classifier_into(folder, task, config, *labelled_images(task, config, pipe))
+        found = processes.on_main(lambda: load_fitted(folder, classifier_settings(task, config))) if config.resume_from else None
+        if found is None:
+            folders = write_datasets(task, config, pipe)
+            found = processes.on_main(lambda: fit_classifier_into(folder, task, config, *labelled_images(task, pipe, folders)))
+        classifier, saved = found
         classifier.to(device)
         given |= classifier.label_space.attributes
     space = LabelSpace({attribute.name: given[attribute.name] for attribute in attributes})

@@ -28,12 +28,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from PIL import Image
 from tqdm.auto import tqdm
 
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from diffusers_ctrl import processes  # noqa: E402
+from diffusers_ctrl.bases import row_arguments  # noqa: E402
 from labelled_data import MANIFEST, read_picture, shard_paths  # noqa: E402
 
 
@@ -91,22 +92,22 @@ def _write_shards(
     description: str,
 ) -> Path:
     """Writes the shards that are missing. `batches(start, stop)` gives the rows of those items in parts."""
-    folder, state = Path(folder), PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # as Accelerator does
+    folder, state = Path(folder), PartialState(cpu=processes.use_cpu())  # as Accelerator does
     paths = shard_paths(folder, -(-count // shard_size))
     _claim_folder(folder, settings, len(paths), state)
     bar = tqdm(total=count, desc=description, unit="image", disable=not state.is_main_process)
-    for shard, path in enumerate(paths):
-        start, stop = shard * shard_size, min((shard + 1) * shard_size, count)
-        if shard % state.num_processes == state.process_index and not path.is_file():
-            columns: Rows = {name: [] for name in features}
-            for rows in batches(start, stop):
-                for name, values in rows.items():
-                    columns[name] += values
-            table = pa.Table.from_pydict(columns, schema=features.arrow_schema)
-            _write(path, lambda temporary, table=table: pq.write_table(table, temporary))
-        bar.update(stop - start)
+    with processes.together(ValueError):
+        for shard, path in enumerate(paths):
+            start, stop = shard * shard_size, min((shard + 1) * shard_size, count)
+            if shard % state.num_processes == state.process_index and not path.is_file():
+                columns: Rows = {name: [] for name in features}
+                for rows in batches(start, stop):
+                    for name, values in rows.items():
+                        columns[name] += values
+                table = pa.Table.from_pydict(columns, schema=features.arrow_schema)
+                _write(path, lambda temporary, table=table: pq.write_table(table, temporary))
+            bar.update(stop - start)
     bar.close()
-    state.wait_for_everyone()
     return folder
 
 
@@ -209,8 +210,6 @@ def write_sampled_dataset(
         ValueError: if the folder holds a dataset of other settings (it names the first that differs); for labels that are not in
             their classes, not finite, or not one an image; for samples with NaN.
     """
-    from diffusers_ctrl.bases import row_arguments  # here, so that labelling a folder need not wait for diffusers
-
     if num_images < 1 or batch_size < 1 or shard_size < 1:
         raise ValueError(f"num_images, batch_size and shard_size must be positive, got {num_images}, {batch_size}, {shard_size}.")
     if not prompts:

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from likelihood import fit_classifier_into, labelled_images  # noqa: E402
+from likelihood import fit_classifier_into, labelled_images, write_datasets  # noqa: E402
 from task import load_base, parse_arguments  # noqa: E402
 
 
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     task, config = parse_arguments(arguments)
     pipe: DiffusionPipeline = load_base(task)
     folder = Path(config.output_dir) / "classifier"
-    _, saved = fit_classifier_into(folder, task, config, *labelled_images(task, config, pipe))
+    _, saved = fit_classifier_into(folder, task, config, *labelled_images(task, pipe, write_datasets(task, config, pipe)))
     print(f"{saved['seconds']:.0f} s. Written to {folder}/. Next: accelerate launch training/train_ctrl.py with the same options.")
     return saved["report"]
 

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from diffusers_ctrl import CTRLTrainer, Policy  # noqa: E402
+from diffusers_ctrl import CTRLTrainer, Policy, processes  # noqa: E402
 from diffusers_ctrl.adapters import (  # noqa: E402
     AdapterConfig,
     check_shareable,
@@ -50,7 +49,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     trackers = None if config.report_to == "none" else config.report_to
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=trackers, project_dir=str(output))
+    accelerator = processes.make_accelerator(mixed_precision=config.mixed_precision, log_with=trackers, project_dir=str(output))
     if accelerator.device.type == "cpu":
         # accelerate launch gives each process one thread; on CPU there is nothing else to use the other cores
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -87,7 +86,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     )
 
     def save_images(update: int, policy: Policy) -> None:
-        rows = sample_rows(policy, trainer.environment)
+        rows = sample_rows(policy, trainer.environment, distributed=True)
+        if rows is None:
+            return
         (output / "grids").mkdir(exist_ok=True)
         plot_samples(rows, ["base", *names], output / "grids" / f"update-{update:06d}.png", f"update {update}")
 
@@ -106,11 +107,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     environment = trainer.environment
     generator = torch.Generator(accelerator.device).manual_seed(config.seed + 1_000_003)
     per_label = max(1, task.base_samples // len(names))
-    base = draw_samples(policy, environment, per_label, generator, tuned=False, description="base samples")
+    base = draw_samples(policy, environment, per_label, generator, tuned=False, description="base samples", distributed=True)
     gammas = [config.gamma] if config.gamma_range is None else gamma_grid(tuple(config.gamma_range))
-    scores = base_scores(base, environment)
-    log_partitions = [exact_law(base, replace(environment, gamma=g), scores=scores)["base_log_partition"] for g in gammas]
-    trainer.log_partition = sum(log_partitions) / len(gammas)
+
+    def log_partition() -> float:
+        scores = base_scores(base, environment)
+        found = [exact_law(base, replace(environment, gamma=g), scores=scores)["base_log_partition"] for g in gammas]
+        return sum(found) / len(gammas)
+
+    trainer.log_partition = processes.on_main(log_partition)
 
     # 4. train, save, judge
     train_started = time.time()
@@ -126,8 +131,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "gamma": config.gamma,
         "versions": package_versions(),
     }
-    if not accelerator.is_main_process:
-        return metrics
+    main = accelerator.is_main_process  # which alone has the images, judges them and writes files
     with policy.merged(config.merge_lora):
         tuned = draw_samples(
             policy,
@@ -135,12 +139,18 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             task.eval_samples,
             torch.Generator(accelerator.device).manual_seed(config.seed + 2_000_003),
             description="evaluation",
+            distributed=True,
         )
         judges = {"oracle": oracle, "prompt_oracle": prompt_judge(task.prompt_oracle, task.prompts)}
-        metrics |= evaluate(tuned, base, environment, names, **judges)
+        metrics |= evaluate(tuned, base, environment, names, **judges) if main else {}
         if config.gamma_range is not None:
             generator = torch.Generator(accelerator.device).manual_seed(config.seed + 3_000_003)
-            metrics |= evaluate_gammas(policy, environment, base, gammas, task.eval_samples, generator, names, **judges)
+            metrics |= evaluate_gammas(
+                policy, environment, base, gammas, task.eval_samples, generator, names, distributed=True, **judges
+            )
+    rows = sample_rows(policy, environment, distributed=True)
+    if rows is None:
+        return metrics
     metrics |= {f"classifier_{key}": value for key, value in likelihood.calibration.items()}
     metrics["seconds_evaluate"] = time.time() - train_started - train_seconds
     metrics["seconds_total"] = time.time() - started
@@ -166,7 +176,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     save_adapter(output, collect_adapter(adapter_config, denoiser, policy.label_encoder, likelihood.classifier))
     write_metrics(output, metrics)
     (output / "history.json").write_text(json.dumps(history) + "\n")
-    plot_samples(sample_rows(policy, environment), ["base", *names], output / "samples.png", "each column: the same noise")
+    plot_samples(rows, ["base", *names], output / "samples.png", "each column: the same noise")
     plot_curves(history, trainer.log_partition, output / "curves.png")
     if oracle is not None:
         plot_agreement(output, likelihood.space, environment.labels, tuned, oracle)

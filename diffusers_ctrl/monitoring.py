@@ -83,10 +83,11 @@ def measure(
     label_rows, prompt_rows, gamma = _rows(environment, count, gammas)
     device, pairs = environment.labels.device, len(label_rows) // 2
     _, *seeds = batch_seeds(len(label_rows), seed, 4_000_003)
-    parts = []
-    for part in processes.rounds(pairs, max(1, batch_size // 2)):
-        own = part or range(1)  # all processes call the model equally often, as one whose weights are dealt out needs
-        rows = torch.arange(2 * own.start, 2 * own.stop)
+    share, size, parts = processes.share(pairs), max(1, batch_size // 2), []
+    for start in range(0, -(-pairs // processes.count()), size):
+        part = share[start : start + size]
+        some = part or range(1)  # all processes call the model equally often, as one whose weights are dealt out needs
+        rows = torch.arange(2 * some.start, 2 * some.stop)
         noise = TrajectoryNoise([seeds[row] for row in rows.tolist()], device)
         choice = Choice(label_rows[rows], prompt_rows[rows], environment.labels[label_rows[rows]], gamma[rows].float().to(device))
         batch = environment.start(choice, noise)

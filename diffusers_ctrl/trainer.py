@@ -366,7 +366,7 @@ class CTRLTrainer:
         watched = 0 < config.eval_every <= config.max_updates
         if watched and self.monitor.base is None and self.update < config.max_updates:
             self._measure(tuned=False)
-        with Preemption() as preemption, _random_state_kept():
+        with Preemption() as preemption, _random_state_kept(), bar:
             while self.update < config.max_updates and self.monitor.over_limit() is None:
                 started = time.perf_counter()
                 self._seed_global_generators(self.update)
@@ -401,7 +401,6 @@ class CTRLTrainer:
                     self.save_images(self.update, self.policy)
                 if processes.agree(preemption.asked is not None):
                     self._leave(preemption.asked)
-        bar.close()
         self._save_checkpoint()
         if (sentence := self.monitor.over_limit()) is not None:
             self._tell(sentence)
@@ -649,7 +648,7 @@ class CTRLTrainer:
         return {
             "label_space": self.policy.label_space.to_dict(),
             "labels": labels,
-            "prompts": self.environment.num_prompts,
+            "num_prompts": self.environment.num_prompts,
             "shape": list(self.environment.shape),
             "scheduler": type(scheduler).__name__,
             "scheduler_config": {key: value for key, value in scheduler.config.items() if not key.startswith("_")},

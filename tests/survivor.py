@@ -10,13 +10,14 @@ import os
 import random
 import shutil
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
 
-from diffusers_ctrl import Categorical, CTRLConfig, CTRLTrainer, LabelSpace, Policy, checkpoints
+from diffusers_ctrl import Categorical, CTRLConfig, CTRLTrainer, LabelSpace, Policy, checkpoints, processes
 from problems import GaussianDenoiser, GaussianLikelihood, cosine_scheduler
 
 
@@ -121,13 +122,32 @@ def write_until(root: str, arguments: dict[str, Any], operation: int) -> None:
     os._exit(7)
 
 
-def train(folder: str, settings: dict[str, Any], write: tuple[int, int] | None, pipe: Any) -> None:
-    """A run from the latest checkpoint, which sends the number of each update before it begins. `write`: (writes, operation) to die at."""
+def nan_on_one(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """A scorer that fails on one process, and there three times."""
+    nan_on_one.calls = getattr(nan_on_one, "calls", 0) + 1
+    bad = processes.index() == 1 and nan_on_one.calls in (2, 3, 6)
+    return GaussianLikelihood((-0.4, 1.0), 0.6)(x, labels) * (float("nan") if bad else 1.0)
+
+
+SCORERS = {"noisy": noisy, "nan_on_one": nan_on_one, "plain": GaussianLikelihood((-0.4, 1.0), 0.6)}
+
+
+def train(
+    folder: str, settings: dict[str, Any], write: tuple[int, int] | None, pipe: Any, rank: int = 0, ranks: int = 1, port: int = 0
+) -> None:
+    """A run from the latest checkpoint, which sends the number of each update before it begins, and its weights' digest at the end.
+
+    write: (writes, operation) to die at. rank, ranks, port: of several processes.
+    """
     torch.set_num_threads(1)
+    if ranks > 1:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in place.items()} | {"ACCELERATE_USE_CPU": "true"}
     AcceleratorState._reset_state(reset_partial_state=True)
     if write is not None:
         Countdown(write[1]).install(skip=write[0])
-    trainer = build(Path(folder), resume_from="latest", **settings)
+    settings = {"resume_from": "latest", **settings}
+    trainer = build(Path(folder), SCORERS[settings.pop("scorer", "noisy")], **settings)
     step = trainer._step
 
     def announced():
@@ -136,30 +156,46 @@ def train(folder: str, settings: dict[str, Any], write: tuple[int, int] | None, 
 
     trainer._step = announced
     trainer.train()
+    pipe.send(checkpoints.fingerprint(trainer._named.items()))
 
 
 class Run:
-    """A run that may be ended in the middle. `join` gives its exit code, negative for a signal."""
+    """A run that may be ended in the middle: of one process, or of several that train together."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any], write: tuple[int, int] | None = None) -> None:
-        self.pipe, other = PROCESSES.Pipe(duplex=False)
-        self.process = PROCESSES.Process(target=train, args=(str(folder), settings, write, other))
-        self.process.start()
-        other.close()
+    def __init__(self, folder: Path, settings: dict[str, Any], write: tuple[int, int] | None = None, ranks: int = 1) -> None:
+        self.pipes, self.processes, self.digests = [], [], []
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for rank in range(ranks):
+            pipe, other = PROCESSES.Pipe(duplex=False)
+            process = PROCESSES.Process(target=train, args=(str(folder), settings, write, other, rank, ranks, port))
+            process.start()
+            other.close()
+            self.pipes.append(pipe)
+            self.processes.append(process)
 
     def reach(self, update: int) -> bool:
-        """Waits until the run begins this update; False if it ended before."""
+        """Waits until the first process begins this update; False if it ended before."""
         try:
-            while self.pipe.recv() < update:
-                pass
+            while (found := self.pipes[0].recv()) != update:
+                if isinstance(found, str):
+                    self.digests.append(found)
         except EOFError:
             return False
         return True
 
-    def join(self) -> int:
-        try:
-            while True:
-                self.pipe.recv()
-        except EOFError:
-            self.process.join(60)
-        return self.process.exitcode
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+
+    def join(self) -> list[int]:
+        """The exit codes, negative for a signal; `digests` has the fingerprints of the weights that the processes ended with."""
+        for pipe, process in zip(self.pipes, self.processes, strict=True):
+            try:
+                while True:
+                    if isinstance(found := pipe.recv(), str):
+                        self.digests.append(found)
+            except EOFError:
+                process.join(60)
+        return [process.exitcode for process in self.processes]

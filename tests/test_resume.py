@@ -63,7 +63,7 @@ def whole(tmp_path_factory):
     def get(case: str) -> Path:
         if case not in done:
             folder = tmp_path_factory.mktemp("whole")
-            assert Run(folder, CASES[case]).join() == 0
+            assert Run(folder, CASES[case]).join() == [0]
             done[case] = folder
         return done[case]
 
@@ -79,7 +79,7 @@ def kill_once(folder: Path, settings: dict, chance: random.Random) -> None:
     run = Run(folder, settings)
     if run.reach(chance.randrange(10)):
         time.sleep(chance.random() * 0.05)
-        run.process.kill()
+        run.kill()
     run.join()
 
 
@@ -89,7 +89,7 @@ def survives(case: str, folder: Path, whole: Path, seed: int, kills: int) -> int
     for _ in range(kills):
         kill_once(folder, CASES[case], chance)
         hits += not (folder / "checkpoints" / "checkpoint-000010").is_dir()
-    assert Run(folder, CASES[case]).join() == 0
+    assert Run(folder, CASES[case]).join() == [0]
     assert_same_end(folder, whole)
     return hits
 
@@ -122,12 +122,55 @@ def test_a_preempted_run_leaves_a_checkpoint_of_the_update_it_was_in(number, who
     case = "adjoint_matching"
     run = Run(tmp_path, CASES[case] | {"checkpoint_every": 100})
     assert run.reach(2)
-    os.kill(run.process.pid, number)
-    assert run.join() == EXIT_PREEMPTED == 75
+    os.kill(run.processes[0].pid, number)
+    assert run.join() == [EXIT_PREEMPTED] == [75]
     (folder,) = find_checkpoints(tmp_path / "checkpoints")
     assert read_checkpoint(folder).state["update"] >= 3
-    assert Run(tmp_path, CASES[case]).join() == 0
+    assert Run(tmp_path, CASES[case]).join() == [0]
     assert_same_end(tmp_path, whole(case))
+
+
+# -- several processes --
+
+
+TWO = {"objective": "policy_gradient", "batch_size": 4, "scorer": "plain"}
+
+
+@pytest.fixture(scope="module")
+def whole_of_two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    run = Run(folder, TWO, ranks=2)
+    assert run.join() == [0, 0] and len(set(run.digests)) == 1
+    return folder
+
+
+def test_one_process_is_asked_and_all_leave_at_the_same_update(whole_of_two, tmp_path):
+    run = Run(tmp_path, TWO | {"checkpoint_every": 0, "eval_every": 0}, ranks=2)
+    assert run.reach(2)
+    os.kill(run.processes[1].pid, signal.SIGUSR1)
+    assert run.join() == [EXIT_PREEMPTED, EXIT_PREEMPTED]
+    (folder,) = find_checkpoints(tmp_path / "checkpoints")
+    assert 3 <= read_checkpoint(folder).state["update"] < 10
+    resumed, plain = Run(tmp_path, TWO | {"eval_every": 0}, ranks=2), Run(tmp_path / "plain", TWO | {"eval_every": 0}, ranks=2)
+    assert resumed.join() == plain.join() == [0, 0]
+    assert len({*resumed.digests, *plain.digests}) == 1
+
+
+def test_two_processes_are_killed_and_resumed(whole_of_two, tmp_path):
+    run = Run(tmp_path, TWO, ranks=2)
+    assert run.reach(6)
+    run.kill()
+    assert run.join() == [-signal.SIGKILL] * 2
+    assert Run(tmp_path, TWO, ranks=2).join() == [0, 0]
+    assert_same_end(tmp_path, whole_of_two)
+
+
+def test_a_nan_on_one_process_is_skipped_on_both(tmp_path):
+    """And three in all, two of them in a row, do not stop a run that may have two."""
+    run = Run(tmp_path, TWO | {"scorer": "nan_on_one", "eval_every": 0, "max_bad_updates": 3}, ranks=2)
+    assert run.join() == [0, 0] and len(set(run.digests)) == 1
+    state = read_checkpoint(find_checkpoints(tmp_path / "checkpoints")[-1]).state
+    assert [row["update"] for row in state["history"]] == [1, 4, 5, 7, 8, 9, 10] and state["bad_updates"] == 3
 
 
 # -- the command itself --

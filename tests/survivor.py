@@ -11,6 +11,7 @@ import random
 import shutil
 import signal
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,18 @@ from problems import GaussianDenoiser, GaussianLikelihood, cosine_scheduler
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["survivor", "pytest"])  # with pytest, which a child looks for as its main module
+SEARCHED = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+
+
+def started(target: Callable[..., None], *args: Any) -> multiprocessing.Process:
+    """A process forked from the server. The first one starts the server, which finds this module by the environment only."""
+    process, before = PROCESSES.Process(target=target, args=args), os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = SEARCHED
+    try:
+        process.start()
+    finally:
+        os.environ.pop("PYTHONPATH") if before is None else os.environ.__setitem__("PYTHONPATH", before)
+    return process
 
 
 def noisy(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -169,11 +182,9 @@ class Run:
             port = free.getsockname()[1]
         for rank in range(ranks):
             pipe, other = PROCESSES.Pipe(duplex=False)
-            process = PROCESSES.Process(target=train, args=(str(folder), settings, write, other, rank, ranks, port))
-            process.start()
+            self.processes.append(started(train, str(folder), settings, write, other, rank, ranks, port))
             other.close()
             self.pipes.append(pipe)
-            self.processes.append(process)
 
     def reach(self, update: int) -> bool:
         """Waits until the first process begins this update; False if it ended before."""

@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import torch
-from survivor import PROCESSES, write_until
+from survivor import started, write_until
 
 from diffusers_ctrl import checkpoints
 from diffusers_ctrl.checkpoints import (
@@ -84,8 +84,7 @@ def test_leftovers_are_not_read_and_cleared_away(tmp_path):
 def killed_write(root, update: int, version: int, operation: int, **options) -> bool:
     """Whether the write was killed at that operation; False where it has fewer and so was done."""
     arguments = contents(update, version) | {"keep": 2} | options
-    process = PROCESSES.Process(target=write_until, args=(str(root), arguments, operation))
-    process.start()
+    process = started(write_until, str(root), arguments, operation)
     process.join(120)
     assert process.exitcode in (-9, 7)
     return process.exitcode == -9

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, start me again
+MARK_NAME = "preempted.txt"
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
@@ -47,3 +51,19 @@ class Preemption:
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def marked(folder: Path) -> Iterator[None]:
+    """Leaves a file preempted.txt in the folder if the block is left by `Preempted`, and removes an older one before.
+
+    Launchers (accelerate launch, torchrun) give their own exit status instead of the process's; a job script reads it from there.
+    """
+    mark = folder / MARK_NAME
+    mark.unlink(missing_ok=True)
+    try:
+        yield
+    except Preempted as left:
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.write_text(f"{left}\n")
+        raise

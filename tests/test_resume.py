@@ -20,7 +20,7 @@ from test_cli import settings as smoke_settings
 
 from diffusers_ctrl.adapters import load_adapter
 from diffusers_ctrl.checkpoints import find_checkpoints, read_checkpoint
-from diffusers_ctrl.preemption import EXIT_PREEMPTED
+from diffusers_ctrl.preemption import EXIT_PREEMPTED, MARK_NAME
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -245,6 +245,30 @@ def test_the_command_is_killed_and_resumed(command, tmp_path, datasets_cache):
 
 
 @pytest.mark.slow
+def test_the_command_leaves_at_once_where_there_is_nothing_to_save(command, tmp_path, datasets_cache):
+    """While it draws the base's samples, say. Nothing is lost that is not simply done again."""
+    run = command("early", base_samples=30_000)
+    wait_for(lambda: "base samples:" in (tmp_path / "early.log").read_text(), run)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(60) == EXIT_PREEMPTED
+    assert "SIGTERM arrived" in (tmp_path / "early" / MARK_NAME).read_text()
+    assert not (tmp_path / "early" / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_torchrun_hands_the_request_on(command, tmp_path, datasets_cache):
+    """With two processes under torchrun: both leave, and the mark says so, since torchrun ends with a status of its own."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run = command("launched", launcher, checkpoint_every=0, max_updates=200)
+    wait_for(lambda: "training:" in (tmp_path / "launched.log").read_text(), run)
+    run.terminate()
+    assert run.wait(120) != 0
+    assert "resume_from latest goes on" in (tmp_path / "launched" / MARK_NAME).read_text()
+    (folder,) = find_checkpoints(tmp_path / "launched" / "checkpoints")
+    assert 0 < read_checkpoint(folder).state["update"] < 200
+
+
+@pytest.mark.slow
 def test_the_command_leaves_when_asked(command, tmp_path, datasets_cache):
     whole = command("whole")
     assert whole.wait() == 0
@@ -254,7 +278,9 @@ def test_the_command_leaves_when_asked(command, tmp_path, datasets_cache):
         wait_for(lambda begun=begun: (tmp_path / "asked.log").read_text().count("training:") > begun, run)
         run.send_signal(number)
         assert run.wait() == EXIT_PREEMPTED
+        assert "resume_from latest goes on" in (tmp_path / "asked" / MARK_NAME).read_text()
     assert command("asked", checkpoint_every=0).wait() == 0
+    assert not (tmp_path / "asked" / MARK_NAME).exists()
     same_adapters(tmp_path / "asked", tmp_path / "whole")
 
 

@@ -20,7 +20,7 @@ from accelerate.utils import set_seed
 
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from diffusers_ctrl import CTRLTrainer, Policy, processes  # noqa: E402
+from diffusers_ctrl import CTRLConfig, CTRLTrainer, Policy, processes  # noqa: E402
 from diffusers_ctrl.adapters import (  # noqa: E402
     AdapterConfig,
     check_shareable,
@@ -34,17 +34,22 @@ from diffusers_ctrl.cards import save_card  # noqa: E402
 from diffusers_ctrl.decoding import decoder  # noqa: E402
 from diffusers_ctrl.evaluation import base_scores, draw_samples, evaluate, evaluate_gammas, exact_law, gamma_grid  # noqa: E402
 from diffusers_ctrl.labels import label_grid  # noqa: E402
-from diffusers_ctrl.preemption import Preemption  # noqa: E402
+from diffusers_ctrl.preemption import Preemption, marked  # noqa: E402
 from diffusers_ctrl.recording import record_conditions  # noqa: E402
 from figures import plot_curves, plot_samples, sample_rows  # noqa: E402
 from likelihood import make_likelihood  # noqa: E402
 from report import plot_agreement, print_table, write_metrics  # noqa: E402
-from task import attribute_oracle, load_base, parse_arguments, prompt_judge  # noqa: E402
+from task import TaskConfig, attribute_oracle, load_base, parse_arguments, prompt_judge  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    started = time.time()
     task, config = parse_arguments(arguments)
+    with marked(Path(config.output_dir)):
+        return run(task, config)
+
+
+def run(task: TaskConfig, config: CTRLConfig) -> dict[str, Any]:
+    started = time.time()
     set_seed(config.seed)
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)

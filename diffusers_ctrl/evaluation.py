@@ -77,10 +77,18 @@ def draw_samples(
     if distributed:
         number = processes.on_main(lambda: number)
     _, *seeds = batch_seeds(len(label_rows), number)
-    own = processes.share(len(label_rows)) if distributed else range(len(label_rows))
+    total = len(label_rows)
+    own = (
+        processes.rounds(total, batch_size)
+        if distributed
+        else [range(total)[at : at + batch_size] for at in range(0, total, batch_size)]
+    )
     columns: tuple[list[torch.Tensor], ...] = ([], [], [], [])
-    bar = tqdm(total=len(own), desc=description, unit="image", disable=not progress or (distributed and processes.index() > 0))
-    for rows in torch.tensor(own).split(batch_size) if own else ():
+    bar = tqdm(
+        total=sum(map(len, own)), desc=description, unit="image", disable=not progress or (distributed and processes.index() > 0)
+    )
+    for part in own:
+        rows = torch.tensor(part or [0])  # all must call a base that is dealt out to them; a row that is nobody's is not kept
         noise = TrajectoryNoise([seeds[row] for row in rows.tolist()], environment.labels.device)
         batch = environment.batch(label_rows[rows], prompt_rows[rows], noise)
         trajectory = rollout(policy, environment.sampler, batch, noise, tuned=tuned)
@@ -88,10 +96,10 @@ def draw_samples(
         log_likelihood = environment.score(images, batch.labels)
         kept = images.float() if keep_images else images.new_zeros(0)
         for column, values in zip(columns, (kept, log_likelihood, trajectory.kl, trajectory.log_ratio), strict=True):
-            column.append(values.cpu() if column is columns[0] else values.double().cpu())
-        bar.update(len(rows))
+            column.append((values if column is columns[0] else values.double()).cpu()[: len(part)])
+        bar.update(len(part))
     bar.close()
-    images, *numbers = (torch.cat(column) if column else torch.zeros(0, dtype=torch.float64) for column in columns)
+    images, *numbers = (torch.cat(column) for column in columns)
     if distributed:
         images = processes.gather_rows(images, to_main=True) if keep_images else None
         numbers = [processes.gather_rows(values) for values in numbers]

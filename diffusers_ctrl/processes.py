@@ -22,13 +22,15 @@ T = TypeVar("T")
 
 # the others wait while the main process fits a classifier or measures samples; the usual ten minutes would end the run
 PATIENCE = timedelta(hours=24)
+_NO_FORWARD = torch.nn.Module.forward  # that of a container, which nobody calls
 CHUNK = 2**24  # numbers that a process sends at once when rows are gathered
 
 
 def use_cpu() -> bool:
     """Whether several processes run on CPU: asked for, or launched where there is no accelerator (accelerate would start each alone)."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    return parse_flag_from_env("ACCELERATE_USE_CPU") or (several and not torch.accelerator.is_available())
+    accelerator = getattr(torch, "accelerator", torch.cuda)  # the first from torch 2.6 on
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or (several and not accelerator.is_available())
 
 
 def make_accelerator(**settings: Any) -> Accelerator:
@@ -51,6 +53,13 @@ def share(total: int) -> range:
     each, more = divmod(total, count())
     start = index() * each + min(index(), more)
     return range(start, start + each + (index() < more))
+
+
+def rounds(total: int, size: int = 1) -> list[range]:
+    """This process's share in parts of at most `size`; every process has as many parts, so that some may be empty."""
+    own, parts = share(total), -(-total // (count() * size))
+    cuts = [own.start + len(own) * part // parts for part in range(parts + 1)]
+    return [range(*cut) for cut in zip(cuts, cuts[1:], strict=False)]
 
 
 def agree(flag: bool) -> bool:
@@ -133,7 +142,7 @@ def _objects(value: T) -> list[T]:
 def together(*kinds: type[Exception]) -> Iterator[None]:
     """An error of these kinds on one process is raised at the end of the block on all, instead of leaving the others to wait.
 
-    There is nothing inside the block that waits for other processes.
+    Nothing inside the block may wait for other processes.
     """
     error: Exception | None = None
     try:
@@ -147,6 +156,27 @@ def together(*kinds: type[Exception]) -> Iterator[None]:
             raise kinds[0](f"on process {other}, {message}")
     if error is not None:
         raise error
+
+
+def shard(module: torch.nn.Module, kept: Iterable[torch.nn.Parameter]) -> None:
+    """Deals the frozen weights of a module out to the processes, but for those that are `kept` whole (FSDP2, arXiv 2304.11277).
+
+    A block's weights are gathered when it is called and let go after it, forward and backward: all processes must call the module
+    equally often. Blocks are the members of the outermost module lists, as the blocks of a U-Net or of a transformer are.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard  # here: all else does with a torch before 2.7
+
+    mesh, kept = init_device_mesh(PartialState().device.type, (count(),)), set(kept)
+    waiting = [module]
+    while waiting:
+        for child in waiting.pop().children():
+            if isinstance(child, torch.nn.ModuleList) and all(type(block).forward is not _NO_FORWARD for block in child):
+                for block in child:
+                    fully_shard(block, mesh=mesh, ignored_params=kept & set(block.parameters()))
+            else:
+                waiting.append(child)
+    fully_shard(module, mesh=mesh, ignored_params=kept)
 
 
 def on_main(function: Callable[[], T]) -> T:

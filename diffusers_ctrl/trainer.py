@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from tqdm.auto import tqdm
 
 from . import processes
@@ -39,7 +39,7 @@ from .checkpoints import (
 )
 from .conditions import Condition
 from .evaluation import gamma_grid
-from .experience import Baseline, Experience, NonFiniteError, collect, less_baseline
+from .experience import Baseline, Experience, LogLikelihood, NonFiniteError, checked, collect, less_baseline
 from .labels import label_grid
 from .monitoring import Monitor, measure
 from .objectives import OBJECTIVES, random_steps
@@ -90,6 +90,10 @@ class CTRLConfig:
     coarse_steps: int = _option(8, "Denoising steps of the coarse start; what is learned there carries over.")
     merge_lora: bool = _option(False, "Compute W + BA once an update: about half the cost on small float32 models.")
     checkpointing: bool = _option(False, "Recompute denoiser calls in backward: less memory, more time.")
+    shard_base: bool = _option(
+        False,
+        "Deal the frozen base's weights out to the processes (FSDP2), for a base that one GPU cannot hold; more communication.",
+    )
     batch_size: int = _option(64, "Trajectories at a time on each process: a micro-batch.")
     gradient_accumulation_steps: int = _option(1, "Micro-batches per update on each process.")
     global_batch_size: int | None = _option(
@@ -168,6 +172,8 @@ class CTRLConfig:
             )
         if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
             raise ValueError("Give global_batch_size or gradient_accumulation_steps, not both: the one follows from the other.")
+        if self.shard_base and self.merge_lora:
+            raise ValueError("merge_lora needs the base's weights whole: leave it out with shard_base.")
 
     def objective_options(self) -> dict[str, Any]:
         """The chosen objective's own options."""
@@ -191,6 +197,7 @@ FREE = (
     "gradient_accumulation_steps",
     "global_batch_size",
     "merge_lora",
+    "shard_base",
     "checkpointing",
     "checkpoint_every",
     "checkpoints_total_limit",
@@ -279,9 +286,16 @@ class CTRLTrainer:
             mixed_precision=config.mixed_precision, log_with=trackers, project_dir=str(self.output_dir)
         )
         self.batch_size = config.global_batch_size or config.batch_size * config.gradient_accumulation_steps * processes.count()
-        if self.batch_size < processes.count():
+        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
             raise ValueError(
-                f"global_batch_size = {self.batch_size} leaves some of the {processes.count()} processes without work."
+                f"distributed_type {self.accelerator.distributed_type.value} of the accelerate config is not for an adapter's training: "
+                "use MULTI_GPU, and --shard_base true where one GPU cannot hold the base."
+            )
+        # all have as many micro-batches, since they wait for each other in each
+        if self.batch_size // processes.count() < -(-self.batch_size // (processes.count() * config.batch_size)):
+            raise ValueError(
+                f"global_batch_size = {self.batch_size} leaves one of {processes.count()} processes without work at batch_size = "
+                f"{config.batch_size}: choose a multiple of their number."
             )
         device = self.accelerator.device
         self.policy = policy.to(device)
@@ -319,7 +333,11 @@ class CTRLTrainer:
         # LoRA and the label encoder train in float32 whatever the base is stored in
         for parameter in (*groups["lora"], *groups["label_encoder"]):
             parameter.data = parameter.data.float()
-        processes.broadcast(parameter.data for group in groups.values() for parameter in group)
+        trained = [parameter for group in groups.values() for parameter in group]
+        processes.broadcast(parameter.data for parameter in trained)
+        self._identity = json.loads(json.dumps({**(identity or {}), **self._law(scheduler)}, default=str))
+        if config.shard_base and processes.count() > 1:
+            processes.shard(policy.denoiser, trained)
         self.peaks = [config.learning_rate, config.label_learning_rate]
         optimizer = torch.optim.AdamW(
             [{"params": groups["lora"], "lr": self.peaks[0]}, {"params": groups["label_encoder"], "lr": self.peaks[1]}],
@@ -336,7 +354,6 @@ class CTRLTrainer:
         self.history: list[dict[str, float]] = []
         self.best_kept: int | None = None  # the update whose weights the run ended with, where they are not the last
         self._saved: tuple[int, int] | None = None
-        self._identity = json.loads(json.dumps({**(identity or {}), **self._law(scheduler)}, default=str))
 
     @property
     def _named(self) -> dict[str, torch.nn.Parameter]:
@@ -529,8 +546,7 @@ class CTRLTrainer:
             noise = TrajectoryNoise(each[rows.start : rows.stop], device)
             return environment.start(choice[rows.start : rows.stop], noise), noise
 
-        own = processes.share(self.batch_size)
-        micros = [own[at : at + config.batch_size] for at in range(0, len(own), config.batch_size)]
+        micros = processes.rounds(self.batch_size, config.batch_size)
         work: Iterable[tuple[Batch, TrajectoryNoise, dict[str, Any]]]
         if config.objective == "policy_gradient":
             started = [start(rows) for rows in micros]
@@ -565,30 +581,28 @@ class CTRLTrainer:
     ) -> dict[str, float]:
         """Adds this process's share to the gradient, `count` micro-batches; returns its share of the metrics."""
         totals: dict[str, float] = {}
-        with self._together():
-            for micro, (batch, noise, own) in enumerate(work):
-                share = len(batch) / self.batch_size
-                with self._naming(micro, count), self.policy.merged(self.config.merge_lora):
-                    with self.accelerator.autocast():
-                        loss, metrics = OBJECTIVES[self.config.objective](
-                            self.policy, environment.sampler, batch, environment.log_likelihood, noise, **own, **options
-                        )
+        for micro, (batch, noise, own) in enumerate(work):
+            share = len(batch) / self.batch_size
+            with self._naming(micro, count), self.policy.merged(self.config.merge_lora):
+                with self.accelerator.autocast():
+                    loss, metrics = OBJECTIVES[self.config.objective](
+                        self.policy, environment.sampler, batch, _agreed(environment), noise, **own, **options
+                    )
+                with processes.together(NonFiniteError):
                     if not torch.isfinite(loss):
                         raise NonFiniteError(f"the loss is {loss.item()}")
-                    self.accelerator.backward(loss * share)
-                for name, value in metrics.items():
-                    totals[name] = totals.get(name, 0.0) + value * share
+                self.accelerator.backward(loss * share)
+            for name, value in metrics.items():
+                totals[name] = totals.get(name, 0.0) + value * share
         return totals
 
     def _experience(self, environment: Environment, started: list[tuple[Batch, TrajectoryNoise]]) -> list[Experience]:
         """policy_gradient's trajectories of each micro-batch."""
         lookahead = environment.log_likelihoods if self.config.lookahead_critic else None
         found = []
-        with self._together():
-            for micro, (batch, noise) in enumerate(started):
-                with self._naming(micro, len(started)), self.policy.merged(self.config.merge_lora), self.accelerator.autocast():
-                    arguments = (self.policy, environment.sampler, batch, environment.log_likelihood, noise)
-                    found.append(collect(*arguments, lookahead=lookahead))
+        for micro, (batch, noise) in enumerate(started):
+            with self._naming(micro, len(started)), self.policy.merged(self.config.merge_lora), self.accelerator.autocast():
+                found.append(collect(self.policy, environment.sampler, batch, _agreed(environment), noise, lookahead=lookahead))
         batches = [batch for batch, _ in started]
         return less_baseline(found, batches, self._baseline(environment), self.config.gae_lambda)
 
@@ -602,21 +616,12 @@ class CTRLTrainer:
 
     @contextlib.contextmanager
     def _naming(self, micro: int, count: int) -> Iterator[None]:
-        """Adds the micro-batch to the message of a NaN."""
+        """Adds the micro-batch to the message of a NaN, and leaves no half gradient."""
         try:
             yield
         except NonFiniteError as error:
-            raise NonFiniteError(f"in micro-batch {micro + 1} of {count}, {error}") from error
-
-    @contextlib.contextmanager
-    def _together(self) -> Iterator[None]:
-        """A NaN on one process is raised on all of them, and leaves no half gradient."""
-        try:
-            with processes.together(NonFiniteError):
-                yield
-        except NonFiniteError:
             self.optimizer.zero_grad(set_to_none=True)
-            raise
+            raise NonFiniteError(f"in micro-batch {micro + 1} of {count}, {error}") from error
 
     def _optimize(self, totals: dict[str, float]) -> dict[str, float]:
         """One optimizer step from the gradients of all processes; the metrics with the gradient's norm."""
@@ -775,3 +780,14 @@ def _random_state_kept() -> Iterator[None]:
     finally:
         random.setstate(before)
         np.random.set_state(numbers)
+
+
+def _agreed(environment: Environment) -> LogLikelihood:
+    """The environment's log-likelihood; a NaN that one process meets is met by all, before they next wait for each other."""
+
+    def log_likelihood(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        reward = environment.log_likelihood(x, labels)
+        with processes.together(NonFiniteError):
+            return checked(reward)
+
+    return log_likelihood

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ OBJECTIVES = {
 UPDATES = 10
 
 
-def make_trainer(problem: str, folder: Path, **settings) -> CTRLTrainer:
+def make_trainer(problem: str, folder: Path, dtype: torch.dtype = torch.float32, **settings) -> CTRLTrainer:
     """10 trajectories an update, so that neither 4 processes nor micro-batches of 3 come out even."""
     torch.manual_seed(0)
     config = CTRLConfig(
@@ -68,13 +69,13 @@ def make_trainer(problem: str, folder: Path, **settings) -> CTRLTrainer:
         return CTRLTrainer(policy, scheduler, GaussianLikelihood((-0.4, 1.0), 0.6), config, shape=(1,))
     environment = tiny_environment(4)
     return CTRLTrainer(
-        tiny_policy(perturb=0.05, gamma_range=(0.5, 2.0)).float(),
+        tiny_policy(perturb=0.05, gamma_range=(0.5, 2.0)).to(dtype),
         cosine_scheduler(),
         lambda x, labels: environment.reward(x.double(), labels).float(),
         config,
         shape=environment.shape,
         labels=environment.labels,
-        prompt_embeds=environment.prompt_embeds.float(),
+        prompt_embeds=environment.prompt_embeds.to(dtype),
     )
 
 
@@ -130,9 +131,28 @@ def half_synchronised(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def sampling(folder: Path) -> dict[str, torch.Tensor]:
-    """Samples, certificates and grids, of counts that do not come out even."""
+def weights_held(policy: Policy) -> int:
+    return sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in policy.denoiser.parameters())
+
+
+def sharded(folder: Path) -> dict[str, torch.Tensor]:
+    """The same, with the base's weights dealt out to the processes."""
+    found = {}
+    for name, settings in OBJECTIVES.items():
+        result = trained("unet", folder, max_updates=2, shard_base=True, **settings)
+        found |= {f"unet/{name}/{key}": value for key, value in result.items()}
+    return found
+
+
+def sampling(folder: Path, shard: bool = False) -> dict[str, torch.Tensor]:
+    """Samples, certificates and grids, of counts that do not come out even; perhaps from a base that is dealt out to the processes."""
     policy, environment = tiny_policy(perturb=0.1), tiny_environment(4)
+    if shard:
+        whole = weights_held(policy)
+        kept = sum(policy.trainable_parameters().values(), [])
+        processes.shard(policy.denoiser, kept)
+        frozen = whole - sum(p.numel() for p in kept if p not in set(policy.label_encoder.parameters()))
+        assert weights_held(policy) < whole - 0.9 * frozen * (1 - 1 / processes.count())
     found, generator = {}, torch.Generator().manual_seed(3)
     for tuned in (True, False):
         drawn = draw_samples(policy, environment, 5, generator, tuned=tuned, batch_size=4, progress=False, distributed=True)
@@ -158,6 +178,9 @@ def collectives() -> None:
     original, processes.CHUNK = processes.CHUNK, 4  # two rows at a time
     assert torch.equal(processes.gather_rows(torch.full((own + 3, 2), own)).unique(), torch.arange(several))
     processes.CHUNK = original
+    parts = processes.rounds(2 * several + 1, 2)
+    assert [row for part in parts for row in part] == list(mine) and all(len(part) <= 2 for part in parts) and len(parts) == 2
+    assert [len(part) for part in processes.rounds(1)] == [int(own == 0)]
     assert processes.sum_over([1.0, own]) == [several, several * (several - 1) / 2]
     assert processes.agree(own == several - 1) and not processes.agree(False)
     # a gradient that only the last process has, one that all have, one that nobody has
@@ -217,7 +240,13 @@ def main(folder: Path) -> None:
     assert processes.count() > 1
     collectives()
     bad_number(folder)
-    for name, check in {"training": training, "half": half_synchronised, "sampling": sampling}.items():
+    for name, check in {
+        "training": training,
+        "sharded": sharded,
+        "half": half_synchronised,
+        "sampling": sampling,
+        "sampling-sharded": partial(sampling, shard=True),
+    }.items():
         found = check(folder)
         save_file({key: value.contiguous() for key, value in found.items()}, folder / f"{name}-{processes.index()}.safetensors")
 

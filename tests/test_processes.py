@@ -1,6 +1,8 @@
 """n processes compute what one computes: gradients, weights, samples, certificates; on CPU over gloo, launched as a user would."""
 
+import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import process_worker
 import pytest
 import torch
+from accelerate import Accelerator, DistributedType
 from process_worker import OBJECTIVES, make_trainer, sampling, trained, training
 from safetensors.torch import load_file
 
@@ -70,6 +73,11 @@ def test_gradients_and_weights_are_those_of_one_process(several, alone):
     compare(load(several[0], "training", several[1]), alone)
 
 
+def test_a_base_that_is_dealt_out_to_the_processes_gives_the_same(several, alone):
+    part = {name: value for name, value in alone.items() if name.startswith("unet/")}
+    compare(load(several[0], "sharded", several[1]), part)
+
+
 @pytest.mark.parametrize("left_out", ["lora", "label_encoder"])
 def test_the_comparison_notices_a_group_that_is_not_synchronised(several, tmp_path, left_out):
     alone = trained("gaussian", tmp_path, objective="adjoint_matching", max_updates=2)
@@ -84,8 +92,9 @@ def test_the_comparison_notices_a_group_that_is_not_synchronised(several, tmp_pa
             compare([process], alone)
 
 
-def test_samples_certificates_and_grids_are_those_of_one_process(several, tmp_path):
-    found, alone = load(several[0], "sampling", several[1]), sampling(tmp_path)
+@pytest.mark.parametrize("name", ["sampling", "sampling-sharded"])
+def test_samples_certificates_and_grids_are_those_of_one_process(several, tmp_path, name):
+    found, alone = load(several[0], name, several[1]), sampling(tmp_path)
     assert set(found[0]) == set(alone)
     for name, value in alone.items():
         if not value.is_floating_point():
@@ -153,6 +162,166 @@ def test_batches_that_cannot_be_dealt_out_are_refused(tmp_path, monkeypatch):
         make_trainer("gaussian", tmp_path, global_batch_size=0)
     with pytest.raises(ValueError, match="Give global_batch_size or gradient_accumulation_steps, not both"):
         make_trainer("gaussian", tmp_path, gradient_accumulation_steps=2)
+    with pytest.raises(ValueError, match="merge_lora needs the base's weights whole"):
+        make_trainer("gaussian", tmp_path, merge_lora=True, shard_base=True)
     monkeypatch.setattr(processes, "count", lambda: 12)
-    with pytest.raises(ValueError, match="global_batch_size = 10 leaves some of the 12 processes without work"):
+    with pytest.raises(ValueError, match="global_batch_size = 10 leaves one of 12 processes without work"):
         make_trainer("gaussian", tmp_path)
+    monkeypatch.setattr(processes, "count", lambda: 4)
+    with pytest.raises(ValueError, match="global_batch_size = 10 leaves one of 4 processes without work at batch_size = 1"):
+        make_trainer("gaussian", tmp_path, batch_size=1)
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_wrappers_that_want_a_whole_model_are_refused(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: kind))
+    with pytest.raises(ValueError, match=f"distributed_type {kind.value} of the accelerate config .* --shard_base true"):
+        make_trainer("gaussian", tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_masters_are_float32_whatever_the_base_is_stored_in(tmp_path, dtype):
+    """A step is far below what bfloat16 or float16 can tell apart at these weights, and still moves all of them."""
+    trainer = make_trainer("unet", tmp_path, dtype=dtype, learning_rate=1e-6, label_learning_rate=1e-6)
+    before = {name: parameter.detach().clone() for name, parameter in trainer._named.items()}
+    base = [p for p in trainer.policy.denoiser.parameters() if not p.requires_grad]
+    trainer._step()
+    assert {p.dtype for p in base} == {dtype}
+    assert {p.dtype for p in trainer._named.values()} == {torch.float32}
+    assert {value.dtype for state in trainer.optimizer.state.values() for value in state.values()} == {torch.float32}
+    for name, parameter in trainer._named.items():
+        moved = (parameter - before[name]).abs()
+        assert 0 < moved.max() < 1e-6, name
+        assert torch.equal(parameter.to(dtype), before[name].to(dtype)) or moved.max() < torch.finfo(dtype).eps * 0.05
+
+
+# -- the commands, launched as a user would --
+
+CONFIGS = ROOT / "training" / "configs" / "accelerate"
+LABELLER = "def parity(images):\n    return (images.flatten(1).sum(1) * 10).long() % 2\n"
+COMMANDS = """
+import json, sys
+from pathlib import Path
+sys.path[:0] = {paths!r}
+import evaluate, train_ctrl
+from diffusers_ctrl import processes
+train_ctrl.main({train!r})
+processes.on_main(lambda: None)  # the adapter is written
+evaluate.main({evaluate!r})
+Path({out!r}, f"process-{{processes.index()}}-of-{{processes.count()}}").touch()
+"""
+
+
+def commands(folder: Path, base: Path) -> str:
+    """A script that trains and then evaluates, on a dataset that is drawn from the base first."""
+    (folder / "own_labeller.py").write_text(LABELLER)
+    options = {
+        "base": base,
+        "attribute": "parity",
+        "dataset": "base-samples",
+        "labeller": "own_labeller:parity",
+        "label_names": "even odd",
+        "num_labels": 70,  # two shards
+        "prompts": "one two",
+        "classifier_size": 8,
+        "classifier_widths": "4 4",
+        "classifier_epochs": 2,
+        "classifier_members": 2,
+        "eval_samples": 5,
+        "base_samples": 14,
+        "num_inference_steps": 4,
+        "lora_rank": 2,
+        "batch_size": 2,
+        "global_batch_size": 5,
+        "max_updates": 2,
+        "gamma_range": "0.5 2",
+        "sample_every": 2,
+        "report_to": "none",
+    }
+    (folder / "empty.yaml").write_text("{}\n")
+    arguments = ["--config", str(folder / "empty.yaml")]
+    for name, value in options.items():
+        arguments += [f"--{name}", *str(value).split()]
+    script = COMMANDS.format(
+        paths=[str(folder), str(ROOT / "training")],
+        train=[*arguments, "--output_dir", str(folder / "run")],
+        evaluate=["--adapter", str(folder / "run"), *arguments, "--output_dir", str(folder / "again")],
+        out=str(folder),
+    )
+    (folder / "script.py").write_text(script)
+    return str(folder / "script.py")
+
+
+def accelerate(config: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config), *arguments]
+
+
+def test_training_and_evaluation_on_two_processes_are_those_on_one(tmp_path, sd_folder):
+    results = []
+    for config in ("single.yaml", "cpu_2.yaml"):
+        folder = tmp_path / config
+        folder.mkdir()
+        # one thread in both: sums are then taken in the same order
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+        command = ["taskset", "-c", str(min(os.sched_getaffinity(0))), *accelerate(config, commands(folder, sd_folder))]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "5 trajectories an update, at most 2 at a time" in done.stdout
+        results.append(folder)
+    one, two = results
+    assert sorted(path.name for path in two.glob("process-*")) == ["process-0-of-2", "process-1-of-2"]
+    assert (one / "process-0-of-1").is_file()
+    files = {path.relative_to(one) for path in one.rglob("*") if path.is_file() and "process-" not in path.name}
+    assert files - {Path("__pycache__")} == {
+        path.relative_to(two) for path in two.rglob("*") if path.is_file() and "process-" not in path.name
+    }
+    assert len(list((two / "run").rglob("*.parquet"))) == 2
+    for path in sorted((two / "run").rglob("*.parquet")):
+        assert path.read_bytes() == (one / path.relative_to(two)).read_bytes()
+    for name in ("pytorch_lora_weights", "label_encoder/diffusion_pytorch_model", "classifier/diffusion_pytorch_model"):
+        found, expected = (load_file(folder / "run" / f"{name}.safetensors") for folder in (two, one))
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6, msg=f"{name} {key}")
+    for name in ("run", "again"):
+        found, expected = (json.loads((folder / name / "metrics.json").read_text()) for folder in (two, one))
+        assert set(found) == set(expected) and any(key.startswith("by_gamma.") for key in found)
+        for key, value in expected.items():
+            if isinstance(value, float) and not key.startswith("seconds"):
+                assert found[key] == pytest.approx(value, rel=1e-3, abs=1e-4, nan_ok=True), key
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in CONFIGS.glob("*.yaml")))
+def test_accelerate_takes_the_configs(config, monkeypatch):
+    """As far as a machine without GPUs can go: accelerate reads the file and makes of it the command that would start the processes."""
+    from accelerate.commands import launch
+
+    arguments = launch.launch_command_parser().parse_args(["--config_file", str(CONFIGS / config), "train_ctrl.py"])
+    started = []
+    for launcher in ("simple_launcher", "multi_gpu_launcher", "deepspeed_launcher"):
+        monkeypatch.setattr(launch, launcher, lambda args, launcher=launcher: started.append((launcher, args)))
+    launch.launch_command(arguments)
+    ((launcher, args),) = started
+    count = {"single.yaml": 1, "cpu_2.yaml": 2, "multi_gpu.yaml": 8, "multi_node.yaml": 32}[config]
+    assert launcher == ("simple_launcher" if count == 1 else "multi_gpu_launcher") and args.num_processes == count
+    assert args.num_machines == (4 if count == 32 else 1) and args.mixed_precision == "no"
+
+
+def test_two_machines_find_each_other(tmp_path):
+    """multi_node.yaml with two machines of one process, both of them here."""
+    script = tmp_path / "count.py"
+    script.write_text(
+        "from diffusers_ctrl import processes\nprocesses.make_accelerator()\n"
+        "print('found', processes.index(), processes.count(), processes.sum_over([1.0 + processes.index()]))\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    machines = []
+    for rank in range(2):
+        changes = ["--num_machines", "2", "--num_processes", "2", "--machine_rank", str(rank), "--main_process_port", str(port)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        command = accelerate("multi_node.yaml", *changes, str(script))
+        machines.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    said = [machine.communicate(timeout=300)[0] for machine in machines]
+    for rank, text in enumerate(said):
+        assert f"found {rank} 2 [3.0]" in text, text[-3000:]

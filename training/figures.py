@@ -29,14 +29,15 @@ def sample_rows(
     prompts = torch.arange(columns) % environment.num_prompts
     device = environment.labels.device
     wanted = (None, *range(len(environment.labels)))
-    own = processes.share(len(wanted)) if distributed else range(len(wanted))
+    own = processes.rounds(len(wanted)) if distributed else [range(row, row + 1) for row in range(len(wanted))]
     rows = []
-    for label in wanted[own.start : own.stop]:
+    for part in own:
+        label = wanted[part.start] if part else None  # all must call a base that is dealt out to them
         generator = torch.Generator(device).manual_seed(seed)
         batch = environment.batch(torch.full((columns,), label or 0), prompts, generator)
         trajectory = rollout(policy, environment.sampler, batch, generator, tuned=label is not None, reference=False)
-        rows.append(environment.decode(trajectory.sample).float().cpu())
-    drawn = torch.stack(rows) if rows else torch.zeros(0)
+        rows.append(environment.decode(trajectory.sample).float().cpu()[None][: len(part)])
+    drawn = torch.cat(rows)
     return processes.gather_rows(drawn, to_main=True) if distributed else drawn
 
 

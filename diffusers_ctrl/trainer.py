@@ -401,7 +401,8 @@ class CTRLTrainer:
                         metrics["gap_estimate"] = self.log_partition - self.smooth
                     if self.bad_updates:
                         metrics["bad_updates"] = float(self.bad_updates)
-                    if watched and (self.monitor.is_due(self.update) or self.update == config.max_updates):
+                    last = self.update == config.max_updates
+                    if watched and self.update > config.coarse_updates and (last or self.monitor.is_due(self.update)):
                         metrics |= self._measure()
                     self.history.append({"update": self.update, "seconds": self.seconds, **metrics})
                     if config.report_to != "none":

@@ -205,6 +205,41 @@ def differences(saved: Mapping[str, Any], ours: Mapping[str, Any], names: Sequen
     ]
 
 
+def check_resumable(
+    found: Checkpoint,
+    settings: Mapping[str, Any],
+    identity: Mapping[str, Any],
+    named: Mapping[str, torch.Tensor],
+    law: Sequence[str],
+) -> list[str]:
+    """Sentences on settings that were changed since the checkpoint.
+
+    Args:
+        settings, identity: of the run that would go on; a checkpoint's state has both. named: its trainable parameters. law: names of the
+            settings that fix what is learned; the others belong to the way there.
+
+    Raises:
+        ValueError: where the checkpoint's weights would mean something else now; names what differs.
+    """
+    before = found.state["settings"]
+    wrong = differences(before, settings, law) + differences(found.state["identity"], identity)
+    shapes = {name: value.shape for name, value in part(found.tensors, "parameter.").items()}
+    if not wrong and shapes != {name: parameter.shape for name, parameter in named.items()}:
+        wrong = ["its trainable parameters are not this run's"]
+    if wrong:
+        raise ValueError(
+            f"{found.folder} is of another run, and cannot be resumed: {'; '.join(wrong)}. Give the same settings, or start in another "
+            "output_dir."
+        )
+    changed = differences(before, settings, [name for name in {**settings, **before} if name not in law])
+    return [f"Resumed with other settings, so the weights will not be those of one run: {'; '.join(changed)}."] if changed else []
+
+
+def part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors whose names begin with the prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
 def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]], numbers: int | None = None) -> str:
     """SHA-256 of tensors with their names, types and shapes; with `numbers`, of about so many numbers of each only, which costs nothing."""
     digest = hashlib.sha256()

@@ -13,7 +13,6 @@ import inspect
 import json
 import logging
 import math
-import random
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,7 +20,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
 from tqdm.auto import tqdm
@@ -29,9 +27,10 @@ from tqdm.auto import tqdm
 from . import processes
 from .checkpoints import (
     Checkpoint,
+    check_resumable,
     checkpoint_folder,
-    differences,
     fingerprint,
+    part,
     read_checkpoint,
     read_latest,
     write_checkpoint,
@@ -45,7 +44,7 @@ from .monitoring import Monitor, measure
 from .objectives import OBJECTIVES, random_steps
 from .policy import Policy
 from .preemption import EXIT_PREEMPTED, Preempted, Preemption
-from .randomness import TrajectoryNoise, batch_seeds
+from .randomness import TrajectoryNoise, batch_seeds, global_generators_kept, seed_global_generators
 from .rollouts import Batch, Environment, Sampler
 from .transitions import start_snr
 
@@ -383,10 +382,10 @@ class CTRLTrainer:
         watched = 0 < config.eval_every <= config.max_updates
         if watched and self.monitor.base is None and self.update < config.max_updates:
             self._measure(tuned=False)
-        with Preemption() as preemption, _random_state_kept(), bar:
+        with Preemption() as preemption, global_generators_kept(), bar:
             while self.update < config.max_updates and self.monitor.over_limit() is None:
                 started = time.perf_counter()
-                self._seed_global_generators(self.update)
+                seed_global_generators(5_000_003, config.seed, processes.index(), self.update)
                 try:
                     metrics = self._step()
                 except NonFiniteError as error:
@@ -463,8 +462,8 @@ class CTRLTrainer:
     def _measure(self, tuned: bool = True) -> dict[str, float]:
         """J and what belongs to it on the fixed rows, for the history; or a look at the base."""
         config, accelerator = self.config, self.accelerator
-        with _random_state_kept(), self.policy.merged(config.merge_lora), accelerator.autocast():
-            self._seed_global_generators()  # for a scorer that draws: alike at every measurement
+        with global_generators_kept(), self.policy.merged(config.merge_lora), accelerator.autocast():
+            seed_global_generators(6_000_003, config.seed, processes.index())  # for a scorer that draws: alike at every measurement
             found = measure(
                 self.policy,
                 self.environment,
@@ -487,7 +486,7 @@ class CTRLTrainer:
 
         def found() -> tuple[dict[str, torch.Tensor], str | None]:
             try:
-                return _part(read_checkpoint(checkpoint_folder(self._root, best)).tensors, "parameter."), None
+                return part(read_checkpoint(checkpoint_folder(self._root, best)).tensors, "parameter."), None
             except ValueError as problem:
                 return {}, f"The last weights are kept, though those of update {best} were better: {problem}"
 
@@ -507,13 +506,6 @@ class CTRLTrainer:
         warm = min(1.0, (update + 1) / max(config.lr_warmup, 1))
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, update / config.max_updates)))
         return warm * (config.lr_final + (1 - config.lr_final) * cosine)
-
-    def _seed_global_generators(self, *place: int) -> None:
-        """A scorer or a denoiser may draw from the global generators, and must do so alike when resumed."""
-        first, second, third = batch_seeds(2, 5_000_003, self.config.seed, processes.index(), *place)
-        random.seed(first)
-        np.random.seed(second % 2**32)
-        torch.manual_seed(third)
 
     def _step(self) -> dict[str, float]:
         """One update. Where it takes several optimizer steps and one fails, all are taken back."""
@@ -709,7 +701,7 @@ class CTRLTrainer:
                         None,
                     )
                 told = [f"{sentence} The one before it is used." for sentence in damaged]
-                return checkpoint, told + self._compare(checkpoint), None
+                return checkpoint, told + check_resumable(checkpoint, self._settings(), self._identity, self._named, LAW), None
             except ValueError as problem:
                 return None, [], str(problem)
 
@@ -722,26 +714,6 @@ class CTRLTrainer:
             self._load(checkpoint)
             self.accelerator.print(f"resumed from {checkpoint.folder} at update {self.update}")
 
-    def _compare(self, found: Checkpoint) -> list[str]:
-        """Sentences on settings that were changed. Raises ValueError where the checkpoint's weights would mean something else now."""
-        state, ours = found.state, self._settings()
-        wrong = differences(state["settings"], ours, LAW) + differences(state["identity"], self._identity)
-        if wrong:
-            raise ValueError(
-                f"{found.folder} is of another run, and cannot be resumed: {'; '.join(wrong)}. Give the same settings, or start in another output_dir."
-            )
-        saved = {
-            key.removeprefix("parameter."): value.shape for key, value in found.tensors.items() if key.startswith("parameter.")
-        }
-        if saved != {name: parameter.shape for name, parameter in self._named.items()}:
-            raise ValueError(
-                f"{found.folder} is of another run, and cannot be resumed: its trainable parameters are not this run's."
-            )
-        changed = differences(state["settings"], ours, [name for name in {**ours, **state["settings"]} if name not in LAW])
-        if not changed:
-            return []
-        return [f"Resumed with other settings, so the weights will not be those of one run: {'; '.join(changed)}."]
-
     def _load(self, found: Checkpoint) -> None:
         tensors, state = found.tensors, found.state
         for name, parameter in self._named.items():
@@ -750,37 +722,22 @@ class CTRLTrainer:
                 with contextlib.suppress(KeyError):
                     value = tensors[f"optimizer.{key}.{name}"]
                     self.optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
-        if learned := _part(tensors, "baseline."):
+        if learned := part(tensors, "baseline."):
             self.baseline = Baseline(*learned["mean"].shape)
             self.baseline.load(learned)
-        self.monitor.load(state["monitor"], _part(tensors, "monitor."))
+        self.monitor.load(state["monitor"], part(tensors, "monitor."))
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         for name in STATE:
             setattr(self, name, state[name])
         if found.folder == checkpoint_folder(self._root, self.update):
             self._saved = (self.update, self.monitor.measured_at)
+            if self.accelerator.is_main_process:
+                self._point_to_best()  # the run may have ended between the two
 
 
 # the plain numbers of a trainer that its checkpoints keep
 STATE = ("update", "seconds", "smooth", "bad_updates", "bad_in_a_row", "history")
-
-
-def _part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """The tensors whose names begin with the prefix, without it."""
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-@contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Leaves the global generators as they were, whatever happens within."""
-    before, numbers = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(before)
-        np.random.set_state(numbers)
 
 
 def _agreed(environment: Environment) -> LogLikelihood:

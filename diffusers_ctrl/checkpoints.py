@@ -104,8 +104,7 @@ def write_checkpoint(
     """
     folder = checkpoint_folder(root, state["update"])
     root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob("*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    _clear(root)
     temporary = root / f"{folder.name}.tmp"
     temporary.mkdir()
     try:
@@ -122,8 +121,6 @@ def write_checkpoint(
         raise OSError(f"The checkpoint {folder} could not be written ({error}); {last}.") from error
     previous = folder.with_name(f"{folder.name}.previous")
     if folder.exists():
-        if previous.exists():
-            _remove(previous)
         os.replace(folder, previous)
     os.replace(temporary, folder)
     _flush_folder(root)
@@ -133,12 +130,21 @@ def write_checkpoint(
     return folder
 
 
+def _clear(root: Path) -> None:
+    """Ends what a process that was killed in a write had begun."""
+    for leftover in root.glob("*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    for previous in root.glob("checkpoint-*.previous"):
+        folder = previous.with_suffix("")
+        if folder.exists():
+            _remove(previous)
+        else:
+            os.replace(previous, folder)
+
+
 def _prune(root: Path, update: int, keep: int, best: int | None) -> None:
     there = find_checkpoints(root)
-    ours = {}  # by update, the newer of two
-    for path in there:
-        if (number := int(_NAME.fullmatch(path.name)[1])) <= update:
-            ours[number] = path
+    ours = {number: path for path in there if (number := int(_NAME.fullmatch(path.name)[1])) <= update}
     kept = {ours[number] for number in [*sorted(ours)[-max(keep, 1) :], best] if number in ours}
     for path in there:
         if path not in kept:

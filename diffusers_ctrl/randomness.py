@@ -75,7 +75,9 @@ def seed_global_generators(*entropy: int) -> None:
 def global_generators_kept() -> Iterator[None]:
     """Leaves Python's, NumPy's and torch's own generators as they were, whatever happens within."""
     before, numbers = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # by default all of the machine's, with a warning
+    devices = (
+        [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    )  # by default all of the machine's, with a warning
     try:
         with torch.random.fork_rng(devices):
             yield

@@ -201,9 +201,7 @@ def command(sd_folder, tmp_path):
 
 def same_adapters(one: Path, other: Path) -> None:
     ours, theirs = load_adapter(one), load_adapter(other)
-    for name in ("lora",):
-        found, wanted = getattr(ours, name), getattr(theirs, name)
-        assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert ours.lora.keys() == theirs.lora.keys() and all(torch.equal(ours.lora[key], theirs.lora[key]) for key in theirs.lora)
     for name in ("label_encoder", "classifier"):
         found, wanted = getattr(ours, name).state_dict(), getattr(theirs, name).state_dict()
         assert all(torch.equal(found[key], wanted[key]) for key in wanted)
@@ -214,6 +212,11 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 300) -> None
     while not condition() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.02)
     assert condition(), f"the process ended with {process.poll()} before"
+
+
+def updates_shown(log: Path) -> int:
+    """How often a progress bar has shown J, which it does after an update."""
+    return log.read_text().count(", J=") + log.read_text().count("[J=") if log.is_file() else 0
 
 
 @pytest.mark.slow
@@ -237,8 +240,7 @@ def test_the_command_is_killed_and_resumed(command, tmp_path, datasets_cache):
     assert command("cut").wait() == 0
     same_adapters(output, tmp_path / "whole")
     metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("cut", "whole")]
-    assert timeless(metrics[0].get("log_partition")) == metrics[1]["log_partition"]
-    for name in ("base_log_partition", "objective", "gap", "weights_of_update", "updates"):
+    for name in ("log_partition", "base_log_partition", "objective", "gap", "weights_of_update", "updates"):
         assert metrics[0][name] == metrics[1][name], name
     log = (tmp_path / "cut.log").read_text()
     assert "there is no checkpoint" in log and "resumed from" in log
@@ -260,7 +262,7 @@ def test_torchrun_hands_the_request_on(command, tmp_path, datasets_cache):
     """With two processes under torchrun: both leave, and the mark says so, since torchrun ends with a status of its own."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     run = command("launched", launcher, checkpoint_every=0, max_updates=200)
-    wait_for(lambda: "training:" in (tmp_path / "launched.log").read_text(), run)
+    wait_for(lambda: updates_shown(tmp_path / "launched.log") > 0, run)
     run.terminate()
     assert run.wait(120) != 0
     assert "resume_from latest goes on" in (tmp_path / "launched" / MARK_NAME).read_text()
@@ -274,8 +276,8 @@ def test_the_command_leaves_when_asked(command, tmp_path, datasets_cache):
     assert whole.wait() == 0
     for number in (signal.SIGUSR1, signal.SIGTERM):
         run = command("asked", checkpoint_every=0)
-        begun = (tmp_path / "asked.log").read_text().count("training:")
-        wait_for(lambda begun=begun: (tmp_path / "asked.log").read_text().count("training:") > begun, run)
+        done = updates_shown(tmp_path / "asked.log")
+        wait_for(lambda done=done: updates_shown(tmp_path / "asked.log") > done, run)
         run.send_signal(number)
         assert run.wait() == EXIT_PREEMPTED
         assert "resume_from latest goes on" in (tmp_path / "asked" / MARK_NAME).read_text()

@@ -78,11 +78,9 @@ def draw_samples(
         number = processes.on_main(lambda: number)
     _, *seeds = batch_seeds(len(label_rows), number)
     total = len(label_rows)
-    own = (
-        processes.rounds(total, batch_size)
-        if distributed
-        else [range(total)[at : at + batch_size] for at in range(0, total, batch_size)]
-    )
+    own = [range(total)[at : at + batch_size] for at in range(0, total, batch_size)]
+    if distributed:
+        own = processes.rounds(total, batch_size)
     columns: tuple[list[torch.Tensor], ...] = ([], [], [], [])
     bar = tqdm(
         total=sum(map(len, own)), desc=description, unit="image", disable=not progress or (distributed and processes.index() > 0)
@@ -187,7 +185,8 @@ def certify(
 ) -> tuple[Certificate, list[Certificate]]:
     """Draws fresh trajectories of the tuned model and certifies it: over all labels, and for each row of `environment.labels`.
 
-    With `distributed` each process draws its share, and all get the certificate of all trajectories. Only `batch_size` trajectories' states and images are in memory at a time, and five numbers of each that is done.
+    Only `batch_size` trajectories' states and images are in memory at a time, and five numbers of each that is done. With `distributed`
+    each process draws its share, and all get the certificate of all trajectories.
 
     Raises:
         ValueError: (from `Sampler`, when the environment is made) where there is no certificate: a scheduler without a Gaussian

@@ -2,8 +2,9 @@
 
     python training/evaluate.py --adapter DIR --output_dir DIR [--config training/configs/NAME.yaml] [--ANY_FIELD VALUE …]
 
-With `accelerate launch` in place of `python` the processes share the sampling. Prompts and oracles come from the config, sampler and gamma from the adapter. Writes metrics.json, samples.png, confusion.png. With
-`--update_adapter true` the figures and the model card go into the adapter itself.
+With `accelerate launch` in place of `python` the processes share out the sampling. Prompts and oracles come from the config, sampler and
+gamma from the adapter. Writes metrics.json, samples.png, confusion.png. With `--update_adapter true` the figures and the model card go
+into the adapter itself.
 """
 
 from __future__ import annotations

@@ -6,7 +6,9 @@ numbers of trajectory i come from a generator of its own, seeded by i and by wha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import random
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -74,3 +76,26 @@ def standard_normal(shape: Sequence[int], source: RandomSource, device: torch.de
     if isinstance(source, TrajectoryNoise):
         return source.normal(shape, dtype).to(device)
     return randn_tensor(tuple(shape), generator=source, device=device, dtype=dtype)
+
+
+def seed_global_generators(*entropy: int) -> None:
+    """Seeds Python's, NumPy's and torch's own generators, which nothing here draws from, but a scorer or a denoiser may."""
+    first, second, third = batch_seeds(2, *entropy)
+    random.seed(first)
+    np.random.seed(second % 2**32)
+    torch.manual_seed(third)
+
+
+@contextlib.contextmanager
+def global_generators_kept() -> Iterator[None]:
+    """Leaves Python's, NumPy's and torch's own generators as they were, whatever happens within."""
+    before, numbers = random.getstate(), np.random.get_state()
+    devices = (
+        [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    )  # by default all of the machine's, with a warning
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(before)
+        np.random.set_state(numbers)

@@ -11,36 +11,46 @@ import contextlib
 import copy
 import inspect
 import json
+import logging
 import math
-import os
-import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from . import processes
+from .checkpoints import (
+    Checkpoint,
+    check_resumable,
+    checkpoint_folder,
+    fingerprint,
+    part,
+    read_checkpoint,
+    read_latest,
+    write_checkpoint,
+    write_file,
+)
 from .conditions import Condition
+from .evaluation import gamma_grid
 from .experience import Baseline, Experience, LogLikelihood, NonFiniteError, checked, collect, less_baseline
 from .labels import label_grid
+from .monitoring import Monitor, measure
 from .objectives import OBJECTIVES, random_steps
 from .policy import Policy
-from .randomness import TrajectoryNoise, batch_seeds
+from .preemption import EXIT_PREEMPTED, Preempted, Preemption
+from .randomness import TrajectoryNoise, batch_seeds, global_generators_kept, seed_global_generators
 from .rollouts import Batch, Environment, Sampler, in_chunks
 from .tracking import BAR, tracker_names
 from .transitions import start_snr
 
 
-STATE_NAME = "trainer_state.json"
-TENSORS_NAME = "trainer_state.safetensors"
+logger = logging.getLogger(__name__)
 
 
 def _option(default: Any, help: str) -> Any:
@@ -104,9 +114,28 @@ class CTRLConfig:
     weight_decay: float = _option(0.0, "AdamW weight decay.")
     max_grad_norm: float = _option(1.0, "Gradient norm above which gradients are scaled down.")
     mixed_precision: str = _option("no", "no, bf16 or fp16 (autocast; LoRA and label encoder stay float32).")
-    checkpoint_every: int = _option(100, "Updates between checkpoints; 0 for none but the last.")
-    checkpoints_total_limit: int = _option(2, "How many checkpoints are kept.")
-    resume_from: str | None = _option(None, "A checkpoint folder, or 'latest'.")
+    checkpoint_every: int = _option(100, "Updates between checkpoints; 0 for none but the best and the last.")
+    checkpoints_total_limit: int = _option(2, "How many checkpoints are kept; the best is kept besides.")
+    resume_from: str | None = _option(
+        None, "A checkpoint folder, or 'latest': the last one that is whole, or the beginning where there is none yet."
+    )
+    max_bad_updates: int = _option(
+        10, "An update with a NaN or infinite reward, loss or gradient is skipped; so many in a row stop the training."
+    )
+    eval_every: int = _option(
+        50, "Updates between measurements of J on fixed noise, for the best checkpoint and the alarms; 0 for none."
+    )
+    eval_trajectories: int = _option(128, "Trajectories of such a measurement, of all labels together.")
+    keep_best: bool = _option(
+        True, "End with the weights of the best J, not the last, where it is better by more than twice the error of the difference."
+    )
+    kl_limit: float | None = _option(
+        None, "Stop, and keep the adapter, once a measurement finds a label's mean KL above so many nats."
+    )
+    kl_alarm: float | None = _option(
+        None, "Warn of a label's mean KL above so many nats; by default three times what the exact law has, 3 nats at least."
+    )
+    diversity_alarm: float = _option(0.25, "Warn where samples of a label vary less than this fraction of the base's.")
     sample_every: int = _option(100, "Updates between sample grids; 0 for none.")
     report_to: str = _option("tensorboard", "Tracker known to accelerate, several as 'tensorboard,wandb', or 'none'.")
 
@@ -137,9 +166,16 @@ class CTRLConfig:
             "ppo_epochs",
             "ppo_minibatches",
             "reward_batch_size",
+            "checkpoints_total_limit",
+            "max_bad_updates",
+            "eval_trajectories",
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.kl_limit is not None and not (self.kl_limit > 0 and self.eval_every):
+            raise ValueError(
+                f"kl_limit must be positive and needs eval_every, since measurements find it; got {self.kl_limit} with eval_every = {self.eval_every}."
+            )
         if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
             raise ValueError("Give global_batch_size or gradient_accumulation_steps, not both: the one follows from the other.")
         if self.shard_base and self.merge_lora:
@@ -154,8 +190,36 @@ class CTRLConfig:
         return {name: getattr(self, name) for name in own.get(self.objective, ())}
 
 
+# what a resumed run must have in common with its checkpoint: its weights would not mean the same
+LAW = ("seed", "num_inference_steps", "eta", "guidance_scale", "gamma", "gamma_range", "lora_rank", "lora_targets")
+# what changes neither the law nor the way to it. Labels and site are compared as they were found, batches by their size over all processes
+FREE = (
+    "output_dir",
+    "resume_from",
+    "label_bins",
+    "label_subsets",
+    "injection_site",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "global_batch_size",
+    "merge_lora",
+    "shard_base",
+    "checkpointing",
+    "checkpoint_every",
+    "checkpoints_total_limit",
+    "max_bad_updates",
+    "eval_every",
+    "keep_best",
+    "kl_limit",
+    "kl_alarm",
+    "diversity_alarm",
+    "sample_every",
+    "report_to",
+)
+
+
 class TrainingStopped(RuntimeError):
-    """Training met a NaN or infinite number; the message says where, and where the last good checkpoint is."""
+    """Training met NaN or infinite numbers over and over; the message says where, and where the last good checkpoint is."""
 
 
 # from here on about a percent of what a label should move is lost, on a Gaussian prior and likelihood (tests/test_memoryless.py)
@@ -200,6 +264,8 @@ class CTRLTrainer:
         decode, prompt_embeds, null_embeds: see `Environment`.
         log_partition: estimate of the mean log Z in nats, for the gap shown in the progress bar.
         save_images: called with (update, policy) at every `sample_every`, on every process.
+        identity: whatever else makes the run what it is (data, prompts, scorer), for JSON. It is kept in the checkpoints; one with
+            another identity is not resumed.
     """
 
     def __init__(
@@ -216,6 +282,7 @@ class CTRLTrainer:
         null_embeds: torch.Tensor | None = None,
         log_partition: float | None = None,
         save_images: Callable[[int, Policy], None] | None = None,
+        identity: Mapping[str, Any] | None = None,
         accelerator: Accelerator | None = None,
     ) -> None:
         self.config = config
@@ -239,10 +306,10 @@ class CTRLTrainer:
             )
         device = self.accelerator.device
         self.policy = policy.to(device)
-        spread = None
+        spread, names = None, None
         if labels is None:
             choices = label_grid(policy.label_space, config.label_bins, config.label_subsets)
-            labels, spread = choices.labels, choices.spread.to(device) if choices.spread.any() else None
+            labels, spread, names = choices.labels, choices.spread.to(device) if choices.spread.any() else None, choices.names
         grid = prompt_embeds.grid if isinstance(prompt_embeds, Condition) else {}
         self.environment = Environment(
             make_sampler(scheduler, config, grid),
@@ -276,6 +343,7 @@ class CTRLTrainer:
             parameter.data = parameter.data.float()
         trained = [parameter for group in groups.values() for parameter in group]
         processes.broadcast(parameter.data for parameter in trained)
+        self._identity = json.loads(json.dumps({**(identity or {}), **self._law(scheduler)}, default=str))
         if config.shard_base and processes.count() > 1:
             processes.shard(policy.denoiser, trained)
         self.peaks = [config.learning_rate, config.label_learning_rate]
@@ -286,9 +354,14 @@ class CTRLTrainer:
         )
         self.optimizer = self.accelerator.prepare(optimizer)
         self.baseline: Baseline | None = None
+        self.monitor = Monitor([str(row) for row in range(len(labels))] if names is None else names, config)
         self.update = 0
         self.seconds = 0.0
+        self.smooth: float | None = None  # of J, for the gap shown in the progress bar
+        self.bad_updates = self.bad_in_a_row = 0
         self.history: list[dict[str, float]] = []
+        self.best_kept: int | None = None  # the update whose weights the run ended with, where they are not the last
+        self._saved: tuple[int, int] | None = None
 
     @property
     def _named(self) -> dict[str, torch.nn.Parameter]:
@@ -297,10 +370,13 @@ class CTRLTrainer:
         return {names[id(p)]: p for group in self.policy.trainable_parameters().values() for p in group}
 
     def train(self) -> list[dict[str, float]]:
-        """Runs to `max_updates`. Returns the history, one dict of floats an update.
+        """Runs to `max_updates`, or to `kl_limit`. Returns the history, one dict of floats for each update that was not skipped.
+
+        An update that meets a NaN or infinite number is skipped: weights, optimizer and baseline stay as they are.
 
         Raises:
-            TrainingStopped: at a NaN or infinite reward or loss; the weights before it are saved as a checkpoint.
+            TrainingStopped: after `max_bad_updates` of them in a row; the weights before them are saved as a checkpoint.
+            Preempted: SIGTERM or SIGUSR1 has arrived, and a checkpoint is written; as a SystemExit it ends the process with its status.
         """
         config, main = self.config, self.accelerator.is_main_process
         if config.resume_from:
@@ -312,42 +388,128 @@ class CTRLTrainer:
             f"{self.batch_size} trajectories an update, at most {config.batch_size} at a time on each of {processes.count()} process(es)"
         )
         bar = tqdm(total=config.max_updates, initial=self.update, desc="training", bar_format=BAR, disable=not main)
-        smooth = None
-        while self.update < config.max_updates:
-            started = time.perf_counter()
-            try:
-                metrics = self._step()
-            except NonFiniteError as error:
-                bar.close()
-                where = self._save_checkpoint()
-                raise TrainingStopped(
-                    f"Training stopped at update {self.update + 1}: {error}. The weights before this update are in {where}."
-                ) from error
-            self.update += 1
-            seconds = time.perf_counter() - started
-            self.seconds += seconds
-            rate = self.batch_size / seconds
-            smooth = metrics["objective"] if smooth is None else 0.9 * smooth + 0.1 * metrics["objective"]
-            if self.log_partition is not None:
-                metrics["gap_estimate"] = self.log_partition - smooth
-            self.history.append({"update": self.update, "seconds": self.seconds, **metrics})
-            if config.report_to != "none":
-                self.accelerator.log({**metrics, "samples_per_second": rate}, step=self.update)
-            shown = {"J": f"{smooth:.2f}", "reward": f"{metrics['reward']:.2f}", "KL": f"{metrics['kl']:.2f}"}
-            if self.log_partition is not None:
-                shown["gap~"] = f"{metrics['gap_estimate']:.2f}"
-            shown["samples/s"] = f"{rate:.3g}"
-            bar.set_postfix(shown, refresh=False)
-            bar.update()
-            if config.checkpoint_every and self.update % config.checkpoint_every == 0:
-                self._save_checkpoint()
-            if self.save_images is not None and config.sample_every and self.update % config.sample_every == 0:
-                self.save_images(self.update, self.policy)
-        bar.close()
+        watched = 0 < config.eval_every <= config.max_updates
+        if watched and self.monitor.base is None and self.update < config.max_updates:
+            self._measure(tuned=False)
+        with Preemption() as preemption, global_generators_kept(), bar:
+            while self.update < config.max_updates and self.monitor.over_limit() is None:
+                started = time.perf_counter()
+                seed_global_generators(5_000_003, config.seed, processes.index(), self.update)
+                try:
+                    metrics = self._step()
+                except NonFiniteError as error:
+                    self._skip(error)
+                else:
+                    self.update += 1
+                    self.bad_in_a_row = 0
+                    seconds = time.perf_counter() - started
+                    self.seconds += seconds
+                    rate, smooth = self.batch_size / seconds, metrics["objective"]
+                    self.smooth = smooth if self.smooth is None else 0.9 * self.smooth + 0.1 * smooth
+                    if self.log_partition is not None:
+                        metrics["gap_estimate"] = self.log_partition - self.smooth
+                    if self.bad_updates:
+                        metrics["bad_updates"] = float(self.bad_updates)
+                    last = self.update == config.max_updates
+                    if watched and self.update > config.coarse_updates and (last or self.monitor.is_due(self.update)):
+                        metrics |= self._measure()
+                    self.history.append({"update": self.update, "seconds": self.seconds, **metrics})
+                    if config.report_to != "none":
+                        self.accelerator.log({**metrics, "samples_per_second": rate}, step=self.update)
+                    shown = {"J": f"{self.smooth:.2f}", "reward": f"{metrics['reward']:.2f}", "KL": f"{metrics['kl']:.2f}"}
+                    if self.log_partition is not None:
+                        shown["gap~"] = f"{metrics['gap_estimate']:.2f}"
+                    shown["samples/s"] = f"{rate:.3g}"
+                    bar.set_postfix(shown, refresh=False)
+                bar.update()
+                is_best = self.monitor.best is not None and self.monitor.best["update"] == self.update
+                if is_best or (config.checkpoint_every and self.update % config.checkpoint_every == 0):
+                    self._save_checkpoint()
+                if self.save_images is not None and config.sample_every and self.update % config.sample_every == 0:
+                    self.save_images(self.update, self.policy)
+                if processes.agree(preemption.asked is not None):
+                    self._leave(preemption.asked)
         self._save_checkpoint()
+        if (sentence := self.monitor.over_limit()) is not None:
+            self._tell(sentence)
+        if config.keep_best and (best := self.monitor.better_than_last()) is not None:
+            self._keep(best)
         if config.report_to != "none":
             self.accelerator.end_training()
         return self.history
+
+    def _tell(self, sentence: str) -> None:
+        if self.accelerator.is_main_process:
+            logger.warning(sentence)
+
+    def _skip(self, error: NonFiniteError) -> None:
+        """Counts an update that came to nothing; stops the training where there were too many in a row."""
+        limit = self.config.max_bad_updates
+        self.update += 1
+        self.bad_updates += 1
+        self.bad_in_a_row += 1
+        if self.bad_in_a_row < limit:
+            self._tell(f"Update {self.update} was skipped, {self.bad_in_a_row} in a row ({limit} stop the training): {error}.")
+            return
+        stopped_at = self.update
+        self.update, self.bad_updates, self.bad_in_a_row = self.update - limit, self.bad_updates - limit, 0
+        where = self._save_checkpoint()
+        several = f"it and the {limit - 1} updates before met NaN or infinite numbers, the last time " if limit > 1 else ""
+        raise TrainingStopped(
+            f"Training stopped at update {stopped_at}: {several}{error}. The weights from before are in {where}."
+        ) from error
+
+    def _leave(self, signal_name: str | None) -> None:
+        where = self._save_checkpoint()
+        message = (
+            f"{signal_name or 'A signal to another process'}: the checkpoint {where} is written; leaving with exit status "
+            f"{EXIT_PREEMPTED}. resume_from latest goes on from there."
+        )
+        self.accelerator.print(message)
+        if self.config.report_to != "none":
+            self.accelerator.end_training()
+        raise Preempted(message)
+
+    def _measure(self, tuned: bool = True) -> dict[str, float]:
+        """J and what belongs to it on the fixed rows, for the history; or a look at the base."""
+        config, accelerator = self.config, self.accelerator
+        with global_generators_kept(), self.policy.merged(config.merge_lora), accelerator.autocast():
+            seed_global_generators(6_000_003, config.seed, processes.index())  # for a scorer that draws: alike at every measurement
+            found = measure(
+                self.policy,
+                self.environment,
+                config.eval_trajectories,
+                seed=config.seed,
+                gammas=[config.gamma] if config.gamma_range is None else gamma_grid(tuple(config.gamma_range)),
+                batch_size=config.batch_size,
+                tuned=tuned,
+            )
+        if not tuned:
+            self.monitor.take_base(found)
+            return {}
+        row, sentences = self.monitor.take(found, self.update, self.log_partition)
+        for sentence in sentences:
+            self._tell(sentence)
+        return row
+
+    def _keep(self, best: int) -> None:
+        """Takes the weights of the best checkpoint, if it is whole."""
+
+        def found() -> tuple[dict[str, torch.Tensor], str | None]:
+            try:
+                return part(read_checkpoint(checkpoint_folder(self._root, best)).tensors, "parameter."), None
+            except ValueError as problem:
+                return {}, f"The last weights are kept, though those of update {best} were better: {problem}"
+
+        parameters, problem = processes.on_main(found)
+        if problem is not None:
+            return self._tell(problem)
+        for name, parameter in self._named.items():
+            parameter.data.copy_(parameters[name])
+        self.best_kept = best
+        self._tell(
+            f"The weights are those of update {best}: J was {self.monitor.best['objective']:.2f} nats there, clearly above the last."
+        )
 
     def learning_rate(self, update: int) -> float:
         """Fraction of the peak: linear warm-up, then a cosine to `lr_final`."""
@@ -473,69 +635,120 @@ class CTRLTrainer:
         processes.sum_gradients(parameters)
         totals = dict(zip(totals, processes.sum_over(totals.values()), strict=True))
         norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-        if not torch.isfinite(torch.as_tensor(norm)) and config.mixed_precision != "fp16":
-            self.optimizer.zero_grad(set_to_none=True)
-            raise NonFiniteError(f"the gradient's norm is {float(norm)}")
-        self.optimizer.step()
+        # the norm is the same on all processes. fp16's scaler meets infinity while it looks for its scale, and skips the step itself
+        finite, scaler = bool(torch.isfinite(torch.as_tensor(norm))), accelerator.scaler
+        if finite or scaler is not None:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if not finite and (scaler is None or scaler.get_scale() < 1):
+            raise NonFiniteError(f"the gradient's norm is {float(norm)}")
         return {**totals, "grad_norm": float(norm)}
 
-    # -- checkpoints: safetensors and JSON, written under a temporary name and renamed --
+    # -- checkpoints --
+
+    @property
+    def _root(self) -> Path:
+        return self.output_dir / "checkpoints"
+
+    def _law(self, scheduler: Any) -> dict[str, Any]:
+        """What is learned, beyond the config: the labels, the base and its scheduler."""
+        frozen = [(name, value) for name, value in self.policy.denoiser.named_parameters() if not value.requires_grad]
+        labels = [[None if math.isnan(value) else value for value in row] for row in self.environment.labels.tolist()]
+        return {
+            "label_space": self.policy.label_space.to_dict(),
+            "labels": labels,
+            "num_prompts": self.environment.num_prompts,
+            "shape": list(self.environment.shape),
+            "scheduler": type(scheduler).__name__,
+            "scheduler_config": {key: value for key, value in scheduler.config.items() if not key.startswith("_")},
+            "injection_site": self.policy.injection_site,
+            "base": fingerprint(frozen, numbers=64),
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        settings = {name: value for name, value in asdict(self.config).items() if name not in FREE}
+        return settings | {"trajectories_per_update": self.batch_size}
 
     def _save_checkpoint(self) -> Path:
-        root = self.output_dir / "checkpoints"
-        folder = root / f"checkpoint-{self.update:06d}"
-        if self.accelerator.is_main_process:
-            temporary = root / f"{folder.name}.tmp"
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            tensors = {}
+        monitor, folder = self.monitor, checkpoint_folder(self._root, self.update)
+        if self.accelerator.is_main_process and self._saved != (self.update, monitor.measured_at):
+            tensors = {f"monitor.{name}": value for name, value in monitor.tensors().items()}
             for name, parameter in self._named.items():
-                tensors[f"parameter.{name}"] = parameter.detach().cpu().contiguous()
+                tensors[f"parameter.{name}"] = parameter
                 for key, value in self.optimizer.state.get(parameter, {}).items():
-                    tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+                    tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
             if self.baseline is not None:
                 tensors |= {f"baseline.{name}": value for name, value in self.baseline.state().items()}
-            save_file(tensors, temporary / TENSORS_NAME)
-            state = {"update": self.update, "seconds": self.seconds, "seed": self.config.seed, "history": self.history}
-            (temporary / STATE_NAME).write_text(json.dumps(state) + "\n")
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(temporary, folder)
-            for old in _checkpoints(root)[: -self.config.checkpoints_total_limit]:
-                shutil.rmtree(old)
+            state = {name: getattr(self, name) for name in STATE}
+            state |= {"settings": self._settings(), "identity": self._identity, "monitor": monitor.state()}
+            state["scaler"] = None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
+            best = None if monitor.best is None else monitor.best["update"]
+            write_checkpoint(self._root, state, tensors, keep=self.config.checkpoints_total_limit, best=best)
+            self._point_to_best()
+        self._saved = (self.update, monitor.measured_at)
         self.accelerator.wait_for_everyone()
         return folder
 
+    def _point_to_best(self) -> None:
+        """checkpoints/best.json, for people and scripts; training itself reads only what is in the checkpoints."""
+        best = self.monitor.best
+        if best is not None:
+            named = {"checkpoint": checkpoint_folder(self._root, int(best["update"])).name, **best}
+            write_file(self._root / "best.json", json.dumps(named, indent=2) + "\n")
+
     def _resume(self, name: str) -> None:
-        if name == "latest":
-            found = _checkpoints(self.output_dir / "checkpoints")
-            if not found:
-                raise ValueError(f"--resume_from latest: there is no checkpoint in {self.output_dir / 'checkpoints'}.")
-            folder = found[-1]
-        else:
-            folder = Path(name)
-        try:
-            state = json.loads((folder / STATE_NAME).read_text())
-            tensors = load_file(folder / TENSORS_NAME)
-        except (OSError, json.JSONDecodeError, SafetensorError) as error:
-            raise ValueError(f"{folder} is not a whole checkpoint: {error}.") from error
-        named = self._named
-        saved = {key.removeprefix("parameter.") for key in tensors if key.startswith("parameter.")}
-        if saved != set(named):
-            raise ValueError(f"{folder} was written with other settings: its trainable parameters are not this run's.")
-        if state["seed"] != self.config.seed:
-            raise ValueError(f"{folder} was written with --seed {state['seed']}, this run has {self.config.seed}.")
-        for name, parameter in named.items():
+        """Takes up a checkpoint, which the main process reads for all."""
+
+        def found() -> tuple[Checkpoint | None, list[str], str | None]:
+            try:
+                if name != "latest":
+                    checkpoint, damaged = read_checkpoint(Path(name)), []
+                else:
+                    checkpoint, damaged = read_latest(self._root)
+                if checkpoint is None:
+                    return (
+                        None,
+                        [f"resume_from latest: there is no checkpoint in {self._root} yet; the run starts from the beginning."],
+                        None,
+                    )
+                told = [f"{sentence} The one before it is used." for sentence in damaged]
+                return checkpoint, told + check_resumable(checkpoint, self._settings(), self._identity, self._named, LAW), None
+            except ValueError as problem:
+                return None, [], str(problem)
+
+        checkpoint, told, problem = processes.on_main(found)
+        if problem is not None:
+            raise ValueError(problem)
+        for sentence in told:
+            self._tell(sentence)
+        if checkpoint is not None:
+            self._load(checkpoint)
+            self.accelerator.print(f"resumed from {checkpoint.folder} at update {self.update}")
+
+    def _load(self, found: Checkpoint) -> None:
+        tensors, state = found.tensors, found.state
+        for name, parameter in self._named.items():
             parameter.data.copy_(tensors[f"parameter.{name}"])
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 with contextlib.suppress(KeyError):
                     value = tensors[f"optimizer.{key}.{name}"]
                     self.optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
-        if "baseline.mean" in tensors:
-            self.baseline = Baseline(*tensors["baseline.mean"].shape)
-            self.baseline.load({name: tensors[f"baseline.{name}"] for name in self.baseline.state()})
-        self.update, self.seconds, self.history = state["update"], state["seconds"], state["history"]
-        self.accelerator.print(f"resumed from {folder} at update {self.update}")
+        if learned := part(tensors, "baseline."):
+            self.baseline = Baseline(*learned["mean"].shape)
+            self.baseline.load(learned)
+        self.monitor.load(state["monitor"], part(tensors, "monitor."))
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        for name in STATE:
+            setattr(self, name, state[name])
+        if found.folder == checkpoint_folder(self._root, self.update):
+            self._saved = (self.update, self.monitor.measured_at)
+            if self.accelerator.is_main_process:
+                self._point_to_best()  # the run may have ended between the two
+
+
+# the plain numbers of a trainer that its checkpoints keep
+STATE = ("update", "seconds", "smooth", "bad_updates", "bad_in_a_row", "history")
 
 
 def _agreed(environment: Environment) -> LogLikelihood:
@@ -547,7 +760,3 @@ def _agreed(environment: Environment) -> LogLikelihood:
             return checked(reward)
 
     return log_likelihood
-
-
-def _checkpoints(root: Path) -> list[Path]:
-    return sorted(path for path in root.glob("checkpoint-*") if path.is_dir() and path.suffix != ".tmp")

@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from diffusers import PNDMScheduler, StableDiffusionPipeline
 from PIL import Image
 
+import likelihood
 import task as settings_of_a_run
 import train_ctrl
 from diffusers_ctrl import Continuous, CTRLConfig, CTRLPipeline, LabelSpace
@@ -190,15 +191,12 @@ def test_resume_from_latest(run, sd_folder, tmp_path, capsys):
     whole = smoke(sd_folder, tmp_path / "whole", max_updates=4)
     first = tmp_path / "again"
     shutil.copytree(whole, first / "run")
-    shutil.rmtree(first / "run" / "checkpoints" / "checkpoint-000004")
-    shutil.move(first / "run" / "checkpoints" / "checkpoint-000003", first / "run" / "checkpoints" / "checkpoint-000003.tmp")
-    # what is left is a half-written checkpoint only
-    with pytest.raises(ValueError, match="no checkpoint"):
-        smoke(sd_folder, first, "--resume_from", "latest", max_updates=4)
-    shutil.move(first / "run" / "checkpoints" / "checkpoint-000003.tmp", first / "run" / "checkpoints" / "checkpoint-000003")
+    checkpoints = first / "run" / "checkpoints"
+    shutil.move(checkpoints / "checkpoint-000004", checkpoints / "checkpoint-000004.tmp")  # half-written
     capsys.readouterr()
     resumed = smoke(sd_folder, first, "--resume_from", "latest", max_updates=4)
     assert "at update 3" in capsys.readouterr().out
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-000003", "checkpoint-000004"]
     assert json.loads((resumed / "metrics.json").read_text())["updates"] == 4
     assert [row["update"] for row in json.loads((resumed / "history.json").read_text())] == [1, 2, 3, 4]
     ours, theirs = load_adapter(resumed), load_adapter(whole)
@@ -216,9 +214,23 @@ def test_resume_goes_on_to_more_updates(run, sd_folder, tmp_path):
     )
 
 
-def test_resume_from_nothing(sd_folder, tmp_path):
-    with pytest.raises(ValueError, match="there is no checkpoint"):
-        smoke(sd_folder, tmp_path, "--resume_from", "latest")
+def test_resume_from_nothing_is_a_start(run, sd_folder, tmp_path, caplog, capsys):
+    """So that a job may always be started with it. What is left of a classifier that was not finished is not used."""
+    (tmp_path / "run" / "classifier").mkdir(parents=True)
+    (tmp_path / "run" / "classifier" / "config.json").write_text("{")
+    started = smoke(sd_folder, tmp_path, "--resume_from", "latest")
+    assert "there is no checkpoint" in caplog.text and "starts from the beginning" in caplog.text
+    assert (started / "pytorch_lora_weights.safetensors").read_bytes() == (run / "pytorch_lora_weights.safetensors").read_bytes()
+
+
+def test_a_resumed_run_keeps_its_classifier_unless_it_is_another(run, sd_folder, tmp_path, monkeypatch, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    monkeypatch.setattr(likelihood, "labelled_images", None)  # no dataset is read again, and nothing fitted
+    smoke(sd_folder, tmp_path, "--resume_from", "latest")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"cannot be resumed: classifier = '.*' \('.*' in the checkpoint\)\. Give the same"):
+        smoke(sd_folder, tmp_path, "--resume_from", "latest", "--classifier_epochs", "1")
+    assert "made with other settings: classifier_epochs = 1 (2 then)" in capsys.readouterr().out
 
 
 # -- other recipes --

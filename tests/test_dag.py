@@ -47,6 +47,9 @@ ORDER = (
     "sharing",
     "pipelines",
     "tracking",
+    "checkpoints",
+    "monitoring",
+    "preemption",
     "trainer",
     "__init__",  # the package itself: may import all, so nothing in it may import it
 )

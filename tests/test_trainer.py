@@ -6,20 +6,24 @@ import warnings
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 
 from diffusers_ctrl import Categorical, CTRLConfig, CTRLTrainer, LabelSpace, Policy
-from diffusers_ctrl.trainer import STATE_NAME, TENSORS_NAME, TrainingStopped, make_sampler
+from diffusers_ctrl.checkpoints import MANIFEST_NAME, STATE_NAME, TENSORS_NAME, read_checkpoint
+from diffusers_ctrl.trainer import TrainingStopped, make_sampler
 from problems import GaussianDenoiser, GaussianLikelihood, cosine_scheduler
 
 
-def make_trainer(folder, reward=None, **settings) -> CTRLTrainer:
+def make_trainer(folder, reward=None, *, identity=None, base=(0.3, 0.8), label_space=None, **settings) -> CTRLTrainer:
     torch.manual_seed(0)
     scheduler = cosine_scheduler()
+    denoiser = GaussianDenoiser(*base, scheduler)
+    denoiser.time_embedding.linear_1.weight.data[0] = base[1]  # so that another base has other weights
     policy = Policy(
-        GaussianDenoiser(0.3, 0.8, scheduler),
-        label_space=LabelSpace(y=Categorical(("low", "high"))),
+        denoiser,
+        label_space=label_space or LabelSpace(y=Categorical(("low", "high"))),
         lora_rank=1,
-        lora_targets=["slope", "shift", "linear_2"],
+        lora_targets=settings.get("lora_targets", ["slope", "shift", "linear_2"]),
     )
     config = CTRLConfig(
         **{
@@ -31,11 +35,13 @@ def make_trainer(folder, reward=None, **settings) -> CTRLTrainer:
             "checkpoint_every": 0,
             "sample_every": 0,
             "learning_rate": 1e-2,
+            "lora_targets": ["slope", "shift", "linear_2"],
             "report_to": "none",
             **settings,
         }
     )
-    return CTRLTrainer(policy, scheduler, reward or GaussianLikelihood((-0.4, 1.0), 0.6), config, shape=(1,))
+    reward = reward or GaussianLikelihood((-0.4, 1.0), 0.6)
+    return CTRLTrainer(policy, scheduler, reward, config, shape=(1,), identity=identity)
 
 
 def weights(trainer: CTRLTrainer) -> dict[str, torch.Tensor]:
@@ -137,14 +143,14 @@ def test_old_checkpoints_are_pruned_and_nothing_is_half_written(tmp_path):
     make_trainer(tmp_path, checkpoint_every=1, checkpoints_total_limit=2).train()
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["checkpoint-000005", "checkpoint-000006"]
-    assert sorted(p.name for p in (tmp_path / "checkpoints" / names[0]).iterdir()) == [STATE_NAME, TENSORS_NAME]
+    assert sorted(p.name for p in (tmp_path / "checkpoints" / names[0]).iterdir()) == [MANIFEST_NAME, STATE_NAME, TENSORS_NAME]
 
 
 def test_a_nan_in_a_later_step_of_an_update_takes_the_update_back(tmp_path):
     """policy_gradient steps several times an update: the checkpoint must hold the weights from before the first of them."""
     from diffusers_ctrl import trainer as module
 
-    trainer = make_trainer(tmp_path, objective="policy_gradient", ppo_epochs=1, ppo_minibatches=3)
+    trainer = make_trainer(tmp_path, objective="policy_gradient", ppo_epochs=1, ppo_minibatches=3, max_bad_updates=1)
     original, calls = module.OBJECTIVES["policy_gradient"], 0
 
     def broken(*args, **kwargs):
@@ -180,7 +186,7 @@ def test_a_nan_reward_stops_with_the_last_good_weights_saved(tmp_path):
         calls += 1
         return good(x, labels) * (float("nan") if calls == 4 else 1.0)
 
-    trainer = make_trainer(tmp_path, broken)
+    trainer = make_trainer(tmp_path, broken, max_bad_updates=1)
     with pytest.raises(TrainingStopped, match=r"update 4: in micro-batch 1 of 1, the log-likelihood is NaN.*checkpoint-000003"):
         trainer.train()
     reference = make_trainer(tmp_path / "reference", max_updates=6)
@@ -194,17 +200,302 @@ def test_a_nan_reward_stops_with_the_last_good_weights_saved(tmp_path):
         assert torch.equal(value, weights(resumed)[name]), name
 
 
+OBJECTIVES = ("direct_backprop", "adjoint_matching", "policy_gradient")
+
+
+class Broken:
+    """The likelihood of these tests, with NaN at the given calls; for the objectives that call it once an update, with eval_every off."""
+
+    def __init__(self, *calls: int, always: bool = False) -> None:
+        self.calls, self.always, self.count = calls, always, 0
+
+    def __call__(self, x, labels):
+        self.count += 1
+        bad = self.always or self.count in self.calls
+        return GaussianLikelihood((-0.4, 1.0), 0.6)(x, labels) * (float("nan") if bad else 1.0)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_bad_update_is_skipped_and_nothing_moves(tmp_path, objective, caplog):
+    """Weights, optimizer and baseline are those of a run in which the update never was; later ones draw what they would have drawn."""
+    trainer = make_trainer(tmp_path, Broken(3), objective=objective)
+    history = trainer.train()
+    reference = make_trainer(tmp_path / "reference", objective=objective)
+    for update in (0, 1, 3, 4, 5):
+        reference.update = update
+        reference._step()
+    for name, value in weights(reference).items():
+        assert torch.equal(value, weights(trainer)[name]), name
+    ours, theirs = trainer.optimizer.state_dict()["state"], reference.optimizer.state_dict()["state"]
+    assert all(torch.equal(ours[key][name], theirs[key][name]) for key in theirs for name in theirs[key])
+    if objective == "policy_gradient":
+        assert torch.equal(trainer.baseline.mean, reference.baseline.mean)
+    assert [row["update"] for row in history] == [1, 2, 4, 5, 6]
+    assert [row.get("bad_updates") for row in history] == [None, None, 1.0, 1.0, 1.0]
+    assert (
+        "Update 3 was skipped, 1 in a row (10 stop the training): in micro-batch 1 of 1, the log-likelihood is NaN" in caplog.text
+    )
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+def test_a_bad_gradient_of_a_good_loss_is_skipped_too(tmp_path, bad, caplog):
+    def reward(x, labels, calls=[0]):  # noqa: B006
+        calls[0] += 1
+        found = GaussianLikelihood((-0.4, 1.0), 0.6)(x, labels)
+        if calls[0] == 2:
+            found.register_hook(lambda gradient: gradient * float(bad))
+        return found
+
+    trainer = make_trainer(tmp_path, reward, max_updates=2)
+    trainer.train()
+    reference = make_trainer(tmp_path / "reference", max_updates=2)
+    reference._step()
+    assert all(torch.equal(value, weights(trainer)[name]) for name, value in weights(reference).items())
+    assert "Update 2 was skipped" in caplog.text and "the gradient's norm is" in caplog.text
+
+
+def test_a_reward_that_is_always_nan_stops_after_so_many_updates(tmp_path):
+    trainer = make_trainer(tmp_path, Broken(always=True), max_bad_updates=4, max_updates=20)
+    with pytest.raises(TrainingStopped) as raised:
+        trainer.train()
+    assert str(raised.value) == (
+        "Training stopped at update 4: it and the 3 updates before met NaN or infinite numbers, the last time in micro-batch 1 of 1, the "
+        f"log-likelihood is NaN or infinite for 8 of 8 samples (rows [0, 1, 2, 3, 4, 5, 6, 7]). The weights from before are in "
+        f"{tmp_path / 'checkpoints' / 'checkpoint-000000'}."
+    )
+
+
+def test_only_bad_updates_in_a_row_stop_and_the_last_good_weights_are_kept(tmp_path):
+    """Five bad ones, but at most three in a row, go through; the checkpoint of a stop is of the update before the first of them."""
+    make_trainer(tmp_path / "a", Broken(2, 3, 5, 6, 8), max_bad_updates=3, max_updates=9).train()
+    trainer = make_trainer(tmp_path / "b", Broken(2, 3, 5, 6, 7), max_bad_updates=3, max_updates=9, checkpoint_every=1)
+    with pytest.raises(TrainingStopped, match="at update 7: .*checkpoint-000004"):
+        trainer.train()
+    names = [path.name for path in (tmp_path / "b" / "checkpoints").iterdir()]
+    assert max(names) == "checkpoint-000004"
+    resumed = make_trainer(tmp_path / "b", max_bad_updates=3, max_updates=9, resume_from="latest")
+    resumed.train()  # with a scorer that was mended
+    reference = make_trainer(tmp_path / "c", max_updates=9)
+    for update in (0, 3, 4, 5, 6, 7, 8):
+        reference.update = update
+        reference._step()
+    assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(reference).items())
+    assert resumed.bad_updates == 2
+
+
+def test_the_scaler_of_fp16_may_skip_but_not_for_ever(tmp_path, caplog):
+    """A scale that is too large overflows and is halved, which is no bad update; an overflow at a scale below 1 is one."""
+    trainer = make_trainer(tmp_path, max_updates=12, max_bad_updates=3, checkpoint_every=1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**3)
+    trainer.accelerator.scaler = scaler
+    trainer.optimizer = AcceleratedOptimizer(trainer.optimizer.optimizer, scaler=scaler)  # as prepare() does it for fp16 on a GPU
+    backward = scaler.scale
+    scaler.scale = lambda loss: backward(loss) * float("inf") if trainer.update < 3 else backward(loss)
+    trainer.accelerator.backward = lambda loss: scaler.scale(loss).backward()
+    norm = trainer.accelerator.clip_grad_norm_
+    trainer.accelerator.clip_grad_norm_ = lambda *args: (scaler.unscale_(trainer.optimizer.optimizer), norm(*args))[1]
+    before = weights(trainer)
+    step, seen = trainer._step, []
+    trainer._step = lambda: (step(), seen.append((scaler.get_scale(), weights(trainer))))[0]
+    history = trainer.train()
+    assert [scale for scale, _ in seen[:4]] == [4.0, 2.0, 1.0, 1.0] and not math.isfinite(history[0]["grad_norm"])
+    assert all(torch.equal(value, before[name]) for name, value in seen[2][1].items())
+    assert any(not torch.equal(value, before[name]) for name, value in seen[3][1].items())
+    assert "skipped" not in caplog.text
+    # the scale goes with the checkpoint
+    again = make_trainer(tmp_path, max_updates=12, resume_from="latest")
+    again.accelerator.scaler = torch.amp.GradScaler("cpu")
+    again._resume("latest")
+    assert again.accelerator.scaler.get_scale() == 1.0
+    scaler.scale = lambda loss: backward(loss) * float("inf")
+    trainer.config.max_updates = 20
+    with pytest.raises(TrainingStopped, match="at update 15: .*gradient's norm is.*checkpoint-000012"):
+        trainer.train()
+
+
+# -- measurements in a run --
+
+
+def test_measurements_are_in_the_history_and_change_nothing(tmp_path):
+    history = make_trainer(tmp_path, eval_every=2, eval_trajectories=16).train()
+    plain = make_trainer(tmp_path / "plain", eval_every=0).train()
+    measured = [row["update"] for row in history if "eval_objective" in row]
+    assert measured == [2, 4, 6]
+    last = history[-1]
+    assert last["eval_objective"] == pytest.approx(last["eval_reward"] - last["eval_kl"])
+    assert {"by_label.low.kl", "by_label.high.reward", "by_label.low.objective", "eval_ess", "eval_spread"} <= set(last)
+    for row, bare in zip(history, plain, strict=True):
+        assert all(row[name] == value for name, value in bare.items() if name != "seconds")
+
+
+def spoiled(folder, after: int, **settings) -> CTRLTrainer:
+    """A run whose weights are spoiled from an update on."""
+    trainer = make_trainer(folder, eval_every=2, eval_trajectories=32, max_updates=8, **settings)
+    step = trainer._step
+
+    def spoiling():
+        found = step()
+        if trainer.update >= after:
+            for parameter in trainer._named.values():
+                parameter.data += 0.05
+        return found
+
+    trainer._step = spoiling
+    return trainer
+
+
+@pytest.mark.parametrize("keep_best", [True, False])
+def test_the_best_checkpoint_is_kept_and_its_weights_end_the_run(tmp_path, keep_best, caplog):
+    trainer = spoiled(tmp_path, after=4, keep_best=keep_best, checkpoints_total_limit=1)
+    trainer.log_partition = -1.0
+    trainer.train()
+    best = json.loads((tmp_path / "checkpoints" / "best.json").read_text())
+    assert (
+        best["checkpoint"] == "checkpoint-000004" and best["gap"] == pytest.approx(-1.0 - best["objective"]) and best["gap_se"] > 0
+    )
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("checkpoint-*")) == [
+        "checkpoint-000004",
+        "checkpoint-000008",
+    ]
+    assert "Alarm at update 8: J has fallen" in caplog.text  # which is why
+    saved = {update: read_checkpoint(tmp_path / "checkpoints" / f"checkpoint-{update:06d}").tensors for update in (4, 8)}
+    ours = weights(trainer)
+    assert all(torch.equal(saved[4 if keep_best else 8][f"parameter.{name}"], value) for name, value in ours.items())
+    assert trainer.best_kept == (4 if keep_best else None)
+    assert ("The weights are those of update 4" in caplog.text) == keep_best
+    # a finished run that is resumed ends the same, and one that goes on does so from its last weights
+    again = make_trainer(tmp_path, eval_every=2, eval_trajectories=32, max_updates=8, keep_best=keep_best, resume_from="latest")
+    again.train()
+    assert all(torch.equal(value, weights(again)[name]) for name, value in ours.items())
+    more = make_trainer(tmp_path, max_updates=9, resume_from="latest")
+    more._resume("latest")
+    assert all(torch.equal(saved[8][f"parameter.{name}"], value) for name, value in weights(more).items())
+
+
+def test_a_best_checkpoint_that_is_damaged_leaves_the_last_weights(tmp_path, caplog):
+    trainer = spoiled(tmp_path, after=4, max_bad_updates=1)
+    save = trainer._save_checkpoint
+
+    def damaging():
+        folder = save()
+        if trainer.update == 8:
+            (tmp_path / "checkpoints" / "checkpoint-000004" / TENSORS_NAME).write_bytes(b"")
+        return folder
+
+    trainer._save_checkpoint = damaging
+    trainer.train()
+    assert trainer.best_kept is None and "last weights are kept, though those of update 4 were better: " in caplog.text
+
+
+def test_the_last_weights_stay_where_the_best_are_not_clearly_better(tmp_path):
+    trainer = make_trainer(tmp_path, eval_every=2, eval_trajectories=32, learning_rate=1e-6, label_learning_rate=1e-6)
+    trainer.train()
+    assert trainer.best_kept is None and trainer.monitor.best is not None
+
+
+def test_a_limit_on_the_kl_ends_a_run(tmp_path, caplog):
+    settings = {"eval_every": 2, "eval_trajectories": 16, "max_updates": 20, "learning_rate": 0.1, "label_learning_rate": 0.1}
+    trainer = make_trainer(tmp_path, kl_limit=0.05, **settings)
+    history = trainer.train()
+    assert 2 <= trainer.update < 20 and trainer.update % 2 == 0
+    kls = {name: history[-1][f"by_label.{name}.kl"] for name in ("low", "high")}
+    assert (
+        max(kls.values()) > 0.05 >= max(history[-3][f"by_label.{n}.kl"] for n in kls if trainer.update > 2)
+        if trainer.update > 2
+        else True
+    )
+    worst = max(kls, key=kls.get)
+    assert (
+        f"stopped after update {trainer.update}: the KL of label {worst!r} is {kls[worst]:.2f} nats, above kl_limit = 0.05"
+        in caplog.text
+    )
+    folder = tmp_path / "checkpoints" / f"checkpoint-{trainer.update:06d}"
+    assert read_checkpoint(folder).state["update"] == trainer.update
+    # it stays ended when resumed, and goes on with a higher limit
+    again = make_trainer(tmp_path, kl_limit=0.05, resume_from="latest", **settings)
+    assert len(again.train()) == len(history) and again.update == trainer.update
+    on = make_trainer(tmp_path, kl_limit=100.0, resume_from="latest", **settings)
+    on.train()
+    assert on.update == 20
+
+
+def test_a_run_that_goes_too_far_is_told_so_once(tmp_path, caplog):
+    settings = {"eval_every": 2, "eval_trajectories": 16, "learning_rate": 1.0, "label_learning_rate": 1.0, "max_updates": 10}
+    trainer = make_trainer(tmp_path, kl_alarm=1.0, max_grad_norm=100.0, **settings)
+    trainer.train()
+    assert "the KL of label 'high' is" in caplog.text and "Lower learning_rate" in caplog.text
+    assert caplog.text.count("the KL of label 'high' is") == 1
+
+
+# -- what may change when a run is resumed --
+
+
 def test_unusable_checkpoints_are_named(tmp_path):
-    with pytest.raises(ValueError, match="there is no checkpoint"):
-        make_trainer(tmp_path, resume_from="latest").train()
     make_trainer(tmp_path, max_updates=1).train()
     folder = tmp_path / "checkpoints" / "checkpoint-000001"
-    with pytest.raises(ValueError, match="--seed 0, this run has 1"):
+    with pytest.raises(ValueError, match=r"cannot be resumed: seed = 1 \(0 in the checkpoint\)"):
         make_trainer(tmp_path, seed=1, resume_from="latest").train()
     data = (folder / TENSORS_NAME).read_bytes()
     (folder / TENSORS_NAME).write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match="checkpoint-000001 is not a whole checkpoint"):
         make_trainer(tmp_path, resume_from=str(folder)).train()
+
+
+def test_the_one_before_is_used_where_the_last_is_damaged(tmp_path, caplog):
+    make_trainer(tmp_path, max_updates=6, checkpoint_every=3).train()
+    (tmp_path / "checkpoints" / "checkpoint-000006" / STATE_NAME).write_text("{}")
+    resumed = make_trainer(tmp_path, max_updates=6, resume_from="latest")
+    resumed._resume("latest")
+    assert resumed.update == 3
+    (sentence,) = [record.message for record in caplog.records]
+    assert (
+        "checkpoint-000006 is not a whole checkpoint: trainer_state.json has 2 bytes" in sentence
+        and "The one before it is used." in sentence
+    )
+
+
+@pytest.mark.parametrize(
+    "changed, names",
+    [
+        ({"gamma": 2.0}, "gamma = 2.0 (1.0 in the checkpoint)"),
+        ({"num_inference_steps": 8}, "num_inference_steps = 8 (10 in the checkpoint)"),
+        ({"lora_targets": ["slope"]}, "lora_targets = ['slope'] (['slope', 'shift', 'linear_2'] in the checkpoint)"),
+        ({"identity": {"prompts": ["a dog"]}}, "prompts = ['a dog'] (['a cat'] in the checkpoint)"),
+        ({"label_space": LabelSpace(y=Categorical(("low", "high", "more")))}, "label_space = "),
+        ({"base": (0.3, 0.9)}, "base = "),
+    ],
+    ids=lambda value: str(next(iter(value))) if isinstance(value, dict) else "",
+)
+def test_a_run_is_not_resumed_as_another(tmp_path, changed, names):
+    """The weights would not mean the same. The trainer is left as it was."""
+    make_trainer(tmp_path, max_updates=1, identity={"prompts": ["a cat"]}).train()
+    trainer = make_trainer(tmp_path, **{"max_updates": 1, "identity": {"prompts": ["a cat"]}, "resume_from": "latest", **changed})
+    before = weights(trainer)
+    with pytest.raises(ValueError, match="checkpoint-000001 is of another run, and cannot be resumed: ") as raised:
+        trainer.train()
+    assert names in str(raised.value) and "\n" not in str(raised.value)
+    assert trainer.update == 0 and all(torch.equal(value, weights(trainer)[name]) for name, value in before.items())
+
+
+def test_other_settings_are_named_and_taken(tmp_path, caplog):
+    make_trainer(tmp_path, max_updates=2).train()
+    make_trainer(
+        tmp_path,
+        max_updates=3,
+        learning_rate=0.5,
+        batch_size=4,
+        gradient_accumulation_steps=2,
+        checkpoint_every=1,
+        resume_from="latest",
+    ).train()
+    (sentence,) = [record.message for record in caplog.records]
+    assert sentence == (
+        "Resumed with other settings, so the weights will not be those of one run: max_updates = 3 (2 in the checkpoint); "
+        "learning_rate = 0.5 (0.01 in the checkpoint)."
+    )
+    caplog.clear()
+    make_trainer(tmp_path, max_updates=3, learning_rate=0.5, batch_size=9, resume_from="latest").train()
+    assert "trajectories_per_update = 9 (8 in the checkpoint)" in caplog.text
 
 
 def test_trackers_and_images_are_called(tmp_path):
@@ -231,6 +522,8 @@ def test_state_is_json(tmp_path):
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"gae_lambda": 1.5, "lookahead_critic": True}, "gae_lambda must be from 0 to 1, got 1.5"),
         ({"gae_lambda": 0.5}, "gae_lambda = 0.5 needs lookahead_critic"),
+        ({"kl_limit": 1.0, "eval_every": 0}, "kl_limit must be positive and needs eval_every"),
+        ({"max_bad_updates": 0}, "max_bad_updates must be at least 1, got 0"),
         ({"eta": 0.0}, "adds no noise at any step"),
     ],
 )

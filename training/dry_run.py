@@ -36,7 +36,9 @@ def dry_settings(task: TaskConfig, config: CTRLConfig) -> Iterator[tuple[TaskCon
     try:
         yield (
             replace(task, num_labels=few if task.num_labels is None else min(few, task.num_labels)),
-            replace(config, output_dir=str(folder), report_to="none", resume_from=None, checkpoint_every=0, sample_every=0),
+            replace(
+                config, output_dir=str(folder), report_to="none", resume_from=None, checkpoint_every=0, sample_every=0, eval_every=0
+            ),
         )
     finally:
         shutil.rmtree(folder, ignore_errors=True)

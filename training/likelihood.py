@@ -6,7 +6,7 @@ import inspect
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
 
 from diffusers_ctrl import Continuous, CTRLConfig, LabelSpace, processes
+from diffusers_ctrl.checkpoints import differences, fingerprint, write_file
 from diffusers_ctrl.classifiers import Classifier, MoreBatches, fit_classifier, resized
 from diffusers_ctrl.decoding import decoder, round_trip
 from diffusers_ctrl.labels import Attribute
@@ -33,7 +34,7 @@ class Likelihood:
     """reward: images, labels (B, A) -> (B,) log p̂(y | x) in nats. classifier: None where a scorer has a part in the reward.
 
     calibration: of the classifier, flat. seconds: that it took to fit. num_labels: images with a label of some attribute. data: what
-    each attribute was learned from, for the card.
+    each attribute was learned from, for the card. weights: fingerprint of the classifier, if any.
     """
 
     reward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -43,6 +44,7 @@ class Likelihood:
     seconds: float
     num_labels: int
     data: list[dict[str, Any]]
+    weights: str | None
 
 
 def _by_dataset(task: TaskConfig) -> dict[str, list[AttributeTask]]:
@@ -161,23 +163,48 @@ def _load(
     return load_labelled_images(dataset, size, label_column=columns, label_names=names, kind=kinds, **common)
 
 
-def fit_or_load_classifier(
+NOTHING_FITTED = {"report": {}, "seconds": 0.0, "num_labels": 0, "data": {}, "weights": None}
+
+
+def _records(task: TaskConfig, space: LabelSpace, labels: torch.Tensor) -> dict[str, dict[str, Any]]:
+    """What the card says of each learned attribute's data. Of a stream, the counts are those of its head."""
+    own = {attribute.name: attribute for attribute in task.attributes() if attribute.scorer is None}
+    return {name: data_record(own[name], meaning, labels[:, i]) for i, (name, meaning) in enumerate(space.attributes.items())}
+
+
+def classifier_settings(task: TaskConfig, config: CTRLConfig) -> dict[str, Any]:
+    """All that the classifier is made from, for JSON; two runs with the same settings have the same classifier."""
+    names = {"base", "base_revision", "num_labels", "image_column", "resolution", "skip_unreadable", "dtype"}
+    names |= {"streaming", "stream_head", "epoch_labels"} if task.streaming else set()
+    own = {f.name: getattr(task, f.name) for f in fields(task) if f.name in names or f.name.startswith("classifier_")}
+    attributes = [asdict(attribute) for attribute in task.attributes() if attribute.scorer is None]
+    for attribute in attributes:
+        del attribute["oracle"], attribute["dataset_description"]  # which judge and tell, and do not teach
+    if any(attribute["dataset"] == "base-samples" for attribute in attributes):
+        own |= {name: getattr(config, name) for name in ("num_inference_steps", "guidance_scale", "eta")}
+        own |= {"prompts": task.prompts, "scheduler": task.scheduler}
+    return json.loads(json.dumps({**own, "attributes": attributes, "seed": config.seed}))
+
+
+def fit_classifier_into(
+    folder: Path,
     task: TaskConfig,
+    config: CTRLConfig,
     space: LabelSpace,
     images: torch.Tensor,
     labels: torch.Tensor,
-    more: MoreBatches | None,
-    folder: Path,
-    seed: int,
-    resume: bool,
-) -> tuple[Classifier, dict[str, Any], float]:
-    """The calibrated classifier, its report, and the seconds it took; a resumed run reads the one it had."""
+    more: MoreBatches | None = None,
+) -> tuple[Classifier, dict[str, Any]]:
+    """Fits and calibrates a classifier and writes it to `folder`, with calibration.json as the last file: where that is, it is whole.
+
+    Returns:
+        The classifier; what calibration.json says: report, seconds, num_labels, data (for the card), settings, and the weights'
+        fingerprint.
+    """
     report_path = folder / "calibration.json"
-    if resume and report_path.is_file():
-        saved = json.loads(report_path.read_text())
-        return Classifier.from_pretrained(folder), saved["report"], saved["seconds"]
+    report_path.unlink(missing_ok=True)
     started = time.time()
-    set_seed(seed)
+    set_seed(config.seed)
     classifier = Classifier(
         space.to_dict(),
         image_size=task.classifier_size,
@@ -187,13 +214,13 @@ def fit_or_load_classifier(
         coordinates=task.classifier_coordinates,
     )
     if task.dry_run:  # as large and as slow as a fitted one
-        return classifier.eval().requires_grad_(False), {}, 0.0
+        return classifier.eval().requires_grad_(False), dict(NOTHING_FITTED)
     batch = 64
     report = fit_classifier(
         classifier,
         images,
         labels,
-        seed=seed,
+        seed=config.seed,
         max_epochs=task.classifier_epochs,
         batch_size=batch,
         more=more,
@@ -201,9 +228,33 @@ def fit_or_load_classifier(
     )
     print(report.lines(), flush=True)
     classifier.save_pretrained(folder)
-    seconds = time.time() - started
-    report_path.write_text(json.dumps({"report": report.metrics(), "seconds": seconds}, indent=2) + "\n")
-    return classifier, report.metrics(), seconds
+    saved = {
+        "report": report.metrics(),
+        "seconds": time.time() - started,
+        "num_labels": len(images) if more is None else report.metrics().get("num_train", len(images)),
+        "data": _records(task, space, labels),
+        "settings": classifier_settings(task, config),
+        "weights": fingerprint(classifier.state_dict().items()),
+    }
+    write_file(report_path, json.dumps(saved, indent=2) + "\n")
+    return classifier, saved
+
+
+def load_fitted(folder: Path, settings: dict[str, Any]) -> tuple[Classifier, dict[str, Any]] | None:
+    """The classifier that an earlier start of this run left in `folder`, if it is whole and was made with the same settings."""
+    try:
+        saved = json.loads((folder / "calibration.json").read_text())
+        if changed := differences(saved["settings"], settings):
+            raise ValueError(f"it was made with other settings: {'; '.join(changed)}".replace(" in the checkpoint", " then"))
+        classifier = Classifier.from_pretrained(folder)
+        if saved["weights"] != fingerprint(classifier.state_dict().items()):
+            raise ValueError("its weights are not those that were written")
+        return classifier, saved
+    except FileNotFoundError:
+        return None  # the run was ended before it was there
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"The classifier in {folder} is not used, and fitted again: {error}.", flush=True)
+        return None
 
 
 def make_likelihood(
@@ -216,29 +267,24 @@ def make_likelihood(
     attributes = task.attributes()
     scorers = {attribute.name: import_function(attribute.scorer) for attribute in attributes if attribute.scorer is not None}
     given = {attribute.name: _meaning(attribute) for attribute in attributes if attribute.name in scorers}
-    classifier, report, seconds, num_labels = None, {}, 0.0, 0
-    data = {a.name: {"attribute": a.name, "scorer": a.scorer} for a in attributes}
+    classifier, saved = None, NOTHING_FITTED
     if len(scorers) < len(attributes):
-        folders = write_datasets(task, config, pipe)
-
-        def fitted() -> tuple[Classifier, dict[str, Any], float, int, dict[str, dict[str, Any]]]:
-            learned, images, labels, more = labelled_images(task, pipe, folders, config.seed)
-            found = fit_or_load_classifier(task, learned, images, labels, more, folder, config.seed, bool(config.resume_from))
-            columns = {name: labels[:, column] for column, name in enumerate(learned.attributes)}
-            own = [attribute for attribute in attributes if attribute.name in columns]
-            seen = len(images) if more is None else found[1].get("num_train", len(images))
-            return *found, seen, {a.name: data_record(a, learned.attributes[a.name], columns[a.name]) for a in own}
-
-        classifier, report, seconds, num_labels, records = processes.on_main(fitted)
+        found = processes.on_main(lambda: load_fitted(folder, classifier_settings(task, config))) if config.resume_from else None
+        if found is None:
+            folders = write_datasets(task, config, pipe)
+            found = processes.on_main(
+                lambda: fit_classifier_into(folder, task, config, *labelled_images(task, pipe, folders, config.seed))
+            )
+        classifier, saved = found
         classifier.to(device)
         given |= classifier.label_space.attributes
-        data |= records
     space = LabelSpace({attribute.name: given[attribute.name] for attribute in attributes})
+    data = [saved["data"].get(a.name, {"attribute": a.name, "scorer": a.scorer}) for a in attributes]
+    figures = [saved["report"], saved["seconds"], saved["num_labels"], data, saved["weights"]]
     if not scorers:
-        return Likelihood(classifier_reward(classifier), space, classifier, report, seconds, num_labels, list(data.values()))
+        return Likelihood(classifier_reward(classifier), space, classifier, *figures)
     own = {name: _alone(classifier, column) for column, name in enumerate(classifier.label_space.attributes)} if classifier else {}
-    reward = attribute_rewards({**own, **scorers}, space)
-    return Likelihood(reward, space, None, report, seconds, num_labels, list(data.values()))
+    return Likelihood(attribute_rewards({**own, **scorers}, space), space, None, *figures)
 
 
 def _alone(classifier: Classifier, column: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

@@ -16,18 +16,18 @@ from diffusers import DiffusionPipeline
 
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from likelihood import fit_or_load_classifier, labelled_images, write_datasets  # noqa: E402
+from likelihood import fit_classifier_into, labelled_images, write_datasets  # noqa: E402
 from task import load_base, parse_arguments  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     task, config = parse_arguments(arguments)
     pipe: DiffusionPipeline = load_base(task)
-    data = labelled_images(task, pipe, write_datasets(task, config, pipe), config.seed)
     folder = Path(config.output_dir) / "classifier"
-    _, report, seconds = fit_or_load_classifier(task, *data, folder, config.seed, resume=False)
-    print(f"{seconds:.0f} s. Written to {folder}/. Next: accelerate launch training/train_ctrl.py with the same options.")
-    return report
+    data = labelled_images(task, pipe, write_datasets(task, config, pipe), config.seed)
+    _, saved = fit_classifier_into(folder, task, config, *data)
+    print(f"{saved['seconds']:.0f} s. Written to {folder}/. Next: accelerate launch training/train_ctrl.py with the same options.")
+    return saved["report"]
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from diffusers_ctrl.cards import save_card  # noqa: E402
 from diffusers_ctrl.decoding import decoder  # noqa: E402
 from diffusers_ctrl.evaluation import base_scores, draw_samples, evaluate, evaluate_gammas, exact_law, gamma_grid, judge  # noqa: E402
 from diffusers_ctrl.labels import label_grid  # noqa: E402
+from diffusers_ctrl.preemption import Preemption, marked  # noqa: E402
 from diffusers_ctrl.recording import record_conditions  # noqa: E402
 from diffusers_ctrl.sharing import check_shareable, push_adapter  # noqa: E402
 from diffusers_ctrl.tracking import log_picture, number_log_lines, tracker_names  # noqa: E402
@@ -47,7 +48,8 @@ from task import TaskConfig, attribute_oracle, load_base, parse_arguments, promp
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     task, config = parse_arguments(arguments)
     if not task.dry_run:
-        return run(task, config)
+        with marked(Path(config.output_dir)):
+            return run(task, config)
     with dry_settings(task, config) as settings:
         return run(*settings)
 
@@ -115,6 +117,7 @@ def run(task: TaskConfig, config: CTRLConfig) -> dict[str, Any]:
         decode=decode,
         prompt_embeds=conditions,
         save_images=save_images,
+        identity={"classifier": likelihood.weights, **{name: getattr(task, name) for name in ("attribute", "prompts", "scorer")}},
         accelerator=accelerator,
     )
     environment = trainer.environment
@@ -140,6 +143,7 @@ def run(task: TaskConfig, config: CTRLConfig) -> dict[str, Any]:
         "seconds_classifier": likelihood.seconds,
         "seconds_train": train_seconds,
         "updates": trainer.update,
+        "weights_of_update": trainer.update if trainer.best_kept is None else trainer.best_kept,
         "num_labels": likelihood.num_labels,
         "seed": config.seed,
         "gamma": config.gamma,
@@ -214,4 +218,5 @@ def run(task: TaskConfig, config: CTRLConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    with Preemption(at_once=True):  # what is not training is simply done again
+        main()

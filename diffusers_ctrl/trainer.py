@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import json
 import logging
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +35,7 @@ from .checkpoints import (
     write_file,
 )
 from .conditions import Condition
+from .config import FREE, LAW, CTRLConfig, make_sampler
 from .evaluation import gamma_grid
 from .experience import Baseline, Experience, LogLikelihood, NonFiniteError, checked, collect, less_baseline
 from .labels import label_grid
@@ -47,209 +46,13 @@ from .preemption import EXIT_PREEMPTED, Preempted, Preemption
 from .randomness import TrajectoryNoise, batch_seeds, global_generators_kept, seed_global_generators
 from .rollouts import Batch, Environment, Sampler, in_chunks
 from .tracking import BAR, tracker_names
-from .transitions import start_snr
 
 
 logger = logging.getLogger(__name__)
 
 
-def _option(default: Any, help: str) -> Any:
-    factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(metadata={"help": help}, **factory)
-
-
-@dataclass
-class CTRLConfig:
-    """Settings of the fine-tuning. Each field's help is its documentation; units where there are any."""
-
-    output_dir: str = _option("runs/ctrl", "Folder of everything the run writes.")
-    seed: int = _option(0, "Seed of every random number.")
-    num_inference_steps: int = _option(20, "K, denoising steps of the law that is tuned.")
-    eta: float = _option(1.0, "DDIM's noise: 1 is memoryless and unbiased, below 1 biased, 0 refused. Ignored by other schedulers.")
-    guidance_scale: float = _option(1.0, "Classifier-free guidance of the law that is tuned; 1 is none, at half the cost.")
-    gamma: float = _option(1.0, "Exponent of p(y|x): 1 is Bayes' posterior. With a range, the one that a call without gamma= gets.")
-    gamma_range: list[float] | None = _option(None, "LOW HIGH: train for all gamma in between (log-uniform), chosen at the call.")
-    label_bins: int = _option(5, "A continuous attribute is drawn from so many equal intervals alike, and judged at their centres.")
-    label_subsets: bool = _option(True, "With several attributes: also train for every subset of them, the others left free.")
-    lora_rank: int = _option(16, "Rank of LoRA on each target.")
-    lora_targets: list[str] = _option(["to_q", "to_k", "to_v", "to_out.0"], "Suffixes of the module names that get LoRA.")
-    injection_site: str | None = _option(None, "Module path of the time embedding, where it is not found by itself.")
-    objective: str = _option("adjoint_matching", f"One of {sorted(OBJECTIVES)}.")
-    truncation: int | None = _option(None, "direct_backprop: differentiate the last so many steps only (biased).")
-    num_regression_steps: int | None = _option(None, "adjoint_matching: regress on so many random steps of each trajectory.")
-    clip_range: float = _option(0.2, "policy_gradient: PPO's clipping of a step's density ratio.")
-    ppo_epochs: int = _option(2, "policy_gradient: passes over each batch of trajectories.")
-    ppo_minibatches: int = _option(
-        4, "policy_gradient: optimizer steps a pass; each takes its share of the (trajectory, step) pairs."
-    )
-    lookahead_critic: bool = _option(
-        False, "policy_gradient: a baseline from the score of the denoised estimate at each step; costs a scoring a label and step."
-    )
-    gae_lambda: float = _option(1.0, "policy_gradient with lookahead_critic: below 1, less noise and some bias.")
-    coarse_updates: int = _option(0, "First so many updates run on the coarser law of `coarse_steps` denoising steps, for speed.")
-    coarse_steps: int = _option(8, "Denoising steps of the coarse start; what is learned there carries over.")
-    merge_lora: bool = _option(False, "Compute W + BA once an update: about half the cost on small float32 models.")
-    checkpointing: bool = _option(
-        False, "direct_backprop: compute each step again on the way back, in memory that does not grow with K; a quarter more time."
-    )
-    reward_batch_size: int | None = _option(
-        None, "Samples decoded and scored at a time; all by default. Same gradient, less memory."
-    )
-    shard_base: bool = _option(
-        False,
-        "Deal the frozen base's weights out to the processes (FSDP2), for a base that one GPU cannot hold; more communication.",
-    )
-    batch_size: int = _option(64, "Trajectories at a time on each process: a micro-batch.")
-    gradient_accumulation_steps: int = _option(1, "Micro-batches per update on each process.")
-    global_batch_size: int | None = _option(
-        None,
-        "Trajectories per update on all processes together, in as many micro-batches as it takes: the same update on any number.",
-    )
-    max_updates: int = _option(300, "Optimizer updates.")
-    learning_rate: float = _option(1e-3, "AdamW learning rate of LoRA, at its peak.")
-    label_learning_rate: float = _option(1e-2, "AdamW learning rate of the label encoder, at its peak.")
-    lr_warmup: int = _option(5, "Updates of linear warm-up.")
-    lr_final: float = _option(0.02, "Learning rate at the end of the cosine, as a fraction of the peak.")
-    adam_beta2: float = _option(0.99, "AdamW's second-moment decay.")
-    weight_decay: float = _option(0.0, "AdamW weight decay.")
-    max_grad_norm: float = _option(1.0, "Gradient norm above which gradients are scaled down.")
-    mixed_precision: str = _option("no", "no, bf16 or fp16 (autocast; LoRA and label encoder stay float32).")
-    checkpoint_every: int = _option(100, "Updates between checkpoints; 0 for none but the best and the last.")
-    checkpoints_total_limit: int = _option(2, "How many checkpoints are kept; the best is kept besides.")
-    resume_from: str | None = _option(
-        None, "A checkpoint folder, or 'latest': the last one that is whole, or the beginning where there is none yet."
-    )
-    max_bad_updates: int = _option(
-        10, "An update with a NaN or infinite reward, loss or gradient is skipped; so many in a row stop the training."
-    )
-    eval_every: int = _option(
-        50, "Updates between measurements of J on fixed noise, for the best checkpoint and the alarms; 0 for none."
-    )
-    eval_trajectories: int = _option(128, "Trajectories of such a measurement, of all labels together.")
-    keep_best: bool = _option(
-        True, "End with the weights of the best J, not the last, where it is better by more than twice the error of the difference."
-    )
-    kl_limit: float | None = _option(
-        None, "Stop, and keep the adapter, once a measurement finds a label's mean KL above so many nats."
-    )
-    kl_alarm: float | None = _option(
-        None, "Warn of a label's mean KL above so many nats; by default three times what the exact law has, 3 nats at least."
-    )
-    diversity_alarm: float = _option(0.25, "Warn where samples of a label vary less than this fraction of the base's.")
-    sample_every: int = _option(100, "Updates between sample grids; 0 for none.")
-    report_to: str = _option("tensorboard", "Tracker known to accelerate, several as 'tensorboard,wandb', or 'none'.")
-
-    def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"Unknown objective {self.objective!r}: use one of {sorted(OBJECTIVES)}.")
-        if self.mixed_precision not in ("no", "bf16", "fp16"):
-            raise ValueError(f"mixed_precision must be no, bf16 or fp16, got {self.mixed_precision!r}.")
-        if not self.gamma > 0:
-            raise ValueError(f"gamma must be positive, got {self.gamma}.")
-        if self.gamma_range is not None:
-            if len(self.gamma_range) != 2 or not 0 < self.gamma_range[0] < self.gamma_range[1]:
-                raise ValueError(f"gamma_range must be two numbers, 0 < LOW < HIGH; got {self.gamma_range}.")
-            if not self.gamma_range[0] <= self.gamma <= self.gamma_range[1]:
-                raise ValueError(f"gamma = {self.gamma} lies outside gamma_range {self.gamma_range}.")
-        if not 0 <= self.gae_lambda <= 1:
-            raise ValueError(f"gae_lambda must be from 0 to 1, got {self.gae_lambda}.")
-        if self.gae_lambda < 1 and not self.lookahead_critic:
-            raise ValueError(f"gae_lambda = {self.gae_lambda} needs lookahead_critic: only its baseline knows the state.")
-        for name in (
-            "batch_size",
-            "gradient_accumulation_steps",
-            "global_batch_size",
-            "max_updates",
-            "num_inference_steps",
-            "lora_rank",
-            "label_bins",
-            "ppo_epochs",
-            "ppo_minibatches",
-            "reward_batch_size",
-            "checkpoints_total_limit",
-            "max_bad_updates",
-            "eval_trajectories",
-        ):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.kl_limit is not None and not (self.kl_limit > 0 and self.eval_every):
-            raise ValueError(
-                f"kl_limit must be positive and needs eval_every, since measurements find it; got {self.kl_limit} with eval_every = {self.eval_every}."
-            )
-        if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
-            raise ValueError("Give global_batch_size or gradient_accumulation_steps, not both: the one follows from the other.")
-        if self.shard_base and self.merge_lora:
-            raise ValueError("merge_lora needs the base's weights whole: leave it out with shard_base.")
-
-    def objective_options(self) -> dict[str, Any]:
-        """The chosen objective's own options."""
-        own = {
-            "direct_backprop": ("truncation",),
-            "policy_gradient": ("clip_range",),
-        }
-        return {name: getattr(self, name) for name in own.get(self.objective, ())}
-
-
-# what a resumed run must have in common with its checkpoint: its weights would not mean the same
-LAW = ("seed", "num_inference_steps", "eta", "guidance_scale", "gamma", "gamma_range", "lora_rank", "lora_targets")
-# what changes neither the law nor the way to it. Labels and site are compared as they were found, batches by their size over all processes
-FREE = (
-    "output_dir",
-    "resume_from",
-    "label_bins",
-    "label_subsets",
-    "injection_site",
-    "batch_size",
-    "gradient_accumulation_steps",
-    "global_batch_size",
-    "merge_lora",
-    "shard_base",
-    "checkpointing",
-    "checkpoint_every",
-    "checkpoints_total_limit",
-    "max_bad_updates",
-    "eval_every",
-    "keep_best",
-    "kl_limit",
-    "kl_alarm",
-    "diversity_alarm",
-    "sample_every",
-    "report_to",
-)
-
-
 class TrainingStopped(RuntimeError):
     """Training met NaN or infinite numbers over and over; the message says where, and where the last good checkpoint is."""
-
-
-# from here on about a percent of what a label should move is lost, on a Gaussian prior and likelihood (tests/test_memoryless.py)
-START_SNR = 0.02
-
-
-def make_sampler(scheduler: Any, config: CTRLConfig, grid: dict[str, Any] | None = None) -> Sampler:
-    """The base law of a config. `eta` goes to schedulers whose step takes it, `grid` to `set_timesteps` (see `Sampler`).
-
-    Warns where the law is known not to be memoryless: with eta < 1, and where the first timestep is one at which there should be signal in
-    the state, which is pure noise.
-
-    Raises:
-        ValueError: if the scheduler has no Gaussian transition, or eta = 0.
-    """
-    takes_eta = "eta" in inspect.signature(scheduler.step).parameters
-    if takes_eta and 0 < config.eta < 1:
-        warnings.warn(
-            f"eta = {config.eta} < 1 is not memoryless: the optimum is biased away from p(x|c) p(y|x)^gamma; eta = 1 is not.",
-            stacklevel=2,
-        )
-    sampler = Sampler(scheduler, config.num_inference_steps, {"eta": config.eta} if takes_eta else {}, grid or {})
-    if (snr := start_snr(scheduler)) > START_SNR:
-        warnings.warn(
-            f"{type(scheduler).__name__} starts at timestep {float(sampler.timesteps[0]):g}, where the model expects a signal-to-noise ratio "
-            f"of {snr:.2g}, from pure noise. That is not memoryless: the optimum is biased away from p(x|c) p(y|x)^gamma. Use more steps, "
-            "timestep_spacing='trailing', or sigmas from the largest on.",
-            stacklevel=2,
-        )
-    return sampler
 
 
 class CTRLTrainer:

@@ -50,6 +50,7 @@ ORDER = (
     "checkpoints",
     "monitoring",
     "preemption",
+    "config",
     "trainer",
     "__init__",  # the package itself: may import all, so nothing in it may import it
 )

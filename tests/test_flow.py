@@ -13,9 +13,9 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
 
 from diffusers_ctrl import Categorical, CTRLConfig, CTRLTrainer, LabelSpace, MemorylessFlowMatchScheduler, Policy
+from diffusers_ctrl.config import make_sampler
 from diffusers_ctrl.evaluation import certificate, draw_samples
 from diffusers_ctrl.rollouts import Sampler
-from diffusers_ctrl.trainer import make_sampler
 from problems import (
     GaussianDenoiser,
     GaussianLikelihood,

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffusers_ctrl.config import CTRLConfig, make_sampler
 from diffusers_ctrl.rollouts import Sampler
-from diffusers_ctrl.trainer import CTRLConfig, make_sampler
 from diffusers_ctrl.transitions import start_snr
 from problems import affine_steps, base_moments, cosine_scheduler, posterior_moments
 

@@ -10,7 +10,8 @@ from accelerate.optimizer import AcceleratedOptimizer
 
 from diffusers_ctrl import Categorical, CTRLConfig, CTRLTrainer, LabelSpace, Policy
 from diffusers_ctrl.checkpoints import MANIFEST_NAME, STATE_NAME, TENSORS_NAME, read_checkpoint
-from diffusers_ctrl.trainer import TrainingStopped, make_sampler
+from diffusers_ctrl.config import make_sampler
+from diffusers_ctrl.trainer import TrainingStopped
 from problems import GaussianDenoiser, GaussianLikelihood, cosine_scheduler
 
 

@@ -24,6 +24,7 @@ from diffusers_ctrl import CTRLPipeline, Policy, processes  # noqa: E402
 from diffusers_ctrl.adapters import Adapter, load_adapter, package_versions, resolve_folder, save_config  # noqa: E402
 from diffusers_ctrl.baked import label_scales, measure_baked  # noqa: E402
 from diffusers_ctrl.cards import save_card  # noqa: E402
+from diffusers_ctrl.config import option  # noqa: E402
 from diffusers_ctrl.decoding import decoder  # noqa: E402
 from diffusers_ctrl.evaluation import draw_samples, evaluate, evaluate_gammas, gamma_grid, judge  # noqa: E402
 from diffusers_ctrl.injection import load_lora_state_dict  # noqa: E402
@@ -32,7 +33,6 @@ from diffusers_ctrl.recording import record_conditions  # noqa: E402
 from diffusers_ctrl.rewards import attribute_rewards, classifier_reward  # noqa: E402
 from diffusers_ctrl.rollouts import Environment, Sampler  # noqa: E402
 from diffusers_ctrl.sampling import labelled_scheduler  # noqa: E402
-from diffusers_ctrl.trainer import _option  # noqa: E402
 from figures import plot_samples, sample_rows  # noqa: E402
 from report import plot_agreement, print_table, write_metrics  # noqa: E402
 from task import TaskConfig, attribute_oracle, import_function, parse_arguments, prompt_judge  # noqa: E402
@@ -42,8 +42,8 @@ from task import TaskConfig, attribute_oracle, import_function, parse_arguments,
 class EvaluateConfig:
     """Which adapter, and where the figures go. All other fields are those of train_ctrl.py."""
 
-    adapter: str = _option("digits-stroke", "Adapter: a folder, an embedded adapter's name, or a Hub id.")
-    update_adapter: bool = _option(False, "Write the figures and the card into the adapter, a local folder then.")
+    adapter: str = option("digits-stroke", "Adapter: a folder, an embedded adapter's name, or a Hub id.")
+    update_adapter: bool = option(False, "Write the figures and the card into the adapter, a local folder then.")
 
 
 def adapter_environment(

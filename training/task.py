@@ -19,7 +19,7 @@ from transformers import HfArgumentParser
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from diffusers_ctrl import Categorical, Continuous, CTRLConfig  # noqa: E402
 from diffusers_ctrl.adapters import resolve_folder  # noqa: E402
-from diffusers_ctrl.trainer import _option  # noqa: E402
+from diffusers_ctrl.config import option  # noqa: E402
 from diffusers_ctrl.transitions import scheduler_class  # noqa: E402
 
 
@@ -74,69 +74,69 @@ class TaskConfig:
     for each in that order, '-' for none; a single entry serves all. Datasets may differ and need have no image in common.
     """
 
-    base: str = _option("digits-base", "Base pipeline: a folder, an embedded model's name, or a Hub id.")
-    base_revision: str | None = _option(None, "Revision of the base on the Hub.")
-    attribute: list[str] = _option(["stroke"], "Names of the attributes that the labels are about.")
-    scheduler: str | None = _option(
+    base: str = option("digits-base", "Base pipeline: a folder, an embedded model's name, or a Hub id.")
+    base_revision: str | None = option(None, "Revision of the base on the Hub.")
+    attribute: list[str] = option(["stroke"], "Names of the attributes that the labels are about.")
+    scheduler: str | None = option(
         None, "Scheduler class to use instead of the base's own: DDIMScheduler, MemorylessFlowMatchScheduler …"
     )
-    dataset: list[str] = _option(
+    dataset: list[str] = option(
         ["digits:stroke"],
         "Labelled images of each attribute: a folder, a parquet file, a Hub id, 'digits:ATTRIBUTE' for the embedded digits, or "
         "'base-samples' for the base's own samples, labelled by `labeller`.",
     )
-    dataset_description: list[str] | None = _option(
+    dataset_description: list[str] | None = option(
         None, "For the card: where each dataset's images come from, who labelled them and how, under which licence."
     )
-    labeller: list[str] | None = _option(None, "module:function, images -> class or value, for dataset base-samples.")
-    scorer: list[str] | None = _option(
+    labeller: list[str] | None = option(None, "module:function, images -> class or value, for dataset base-samples.")
+    scorer: list[str] | None = option(
         None,
         "module:function, images (N, 3, H, W), labels (N, 1) -> (N,) log p(y|x) in nats: used in place of a learned classifier; "
         "needs label_names or continuous. policy_gradient takes one without a gradient.",
     )
-    num_labels: int | None = _option(600, "How many labelled images of each dataset are used, the first so many; null for all.")
-    image_column: str = _option("image", "The datasets' image column.")
-    label_column: list[str] = _option(["label"], "The dataset's label column.")
-    label_names: list[str] | None = _option(
+    num_labels: int | None = option(600, "How many labelled images of each dataset are used, the first so many; null for all.")
+    image_column: str = option("image", "The datasets' image column.")
+    label_column: list[str] = option(["label"], "The dataset's label column.")
+    label_names: list[str] | None = option(
         None, "Classes in order; the dataset's own by default. With several attributes one entry each: 'thin|regular|bold'."
     )
-    label_thresholds: list[str] | None = _option(
+    label_thresholds: list[str] | None = option(
         None, "For the card: the borders between an attribute's classes, '0.2|0.4', where they were cut from a measurement."
     )
-    label_units: list[str] | None = _option(None, "For the card: the unit of that measurement.")
-    continuous: list[str] | None = _option(
+    label_units: list[str] | None = option(None, "For the card: the unit of that measurement.")
+    continuous: list[str] | None = option(
         None, "Attributes that are numbers, each as NAME:LOW:HIGH or NAME:LOW:HIGH:UNIT, the interval that labels may come from."
     )
-    skip_unreadable: bool = _option(False, "Leave out images that cannot be read instead of stopping.")
-    prompts: list[str] = _option([""], "Training prompts, drawn uniformly.")
-    resolution: int | None = _option(None, "Pixels a side of the images; the base's native size by default.")
-    classifier_size: int = _option(32, "Pixels a side that the classifier sees.")
-    classifier_widths: list[int] = _option([8, 16, 32], "Channels of the classifier's stages.")
-    classifier_members: int = _option(
+    skip_unreadable: bool = option(False, "Leave out images that cannot be read instead of stopping.")
+    prompts: list[str] = option([""], "Training prompts, drawn uniformly.")
+    resolution: int | None = option(None, "Pixels a side of the images; the base's native size by default.")
+    classifier_size: int = option(32, "Pixels a side that the classifier sees.")
+    classifier_widths: list[int] = option([8, 16, 32], "Channels of the classifier's stages.")
+    classifier_members: int = option(
         5, "Networks whose probabilities are averaged, each cross-fitted without a part of the labels."
     )
-    classifier_coordinates: bool = _option(True, "Whether the classifier sees where a pixel is, as slant or position need.")
-    classifier_epochs: int = _option(80, "At most so many epochs; early stopping on labels that are held out.")
-    oracle: list[str] | None = _option(None, "module:function, images -> true class or value; for evaluation only.")
-    prompt_oracle: str | None = _option(None, "module:function, images, list of prompts -> bool; for evaluation only.")
-    eval_samples: int = _option(300, "Samples per label in the final evaluation.")
-    base_samples: int = _option(1500, "Base samples for log Z and for the exact law's own accuracy.")
-    dtype: str = _option("float32", "Precision of the frozen base: float32, bfloat16 or float16.")
-    sample_batch_size: int = _option(100, "Trajectories at a time for base samples and evaluation.")
-    streaming: bool = _option(
+    classifier_coordinates: bool = option(True, "Whether the classifier sees where a pixel is, as slant or position need.")
+    classifier_epochs: int = option(80, "At most so many epochs; early stopping on labels that are held out.")
+    oracle: list[str] | None = option(None, "module:function, images -> true class or value; for evaluation only.")
+    prompt_oracle: str | None = option(None, "module:function, images, list of prompts -> bool; for evaluation only.")
+    eval_samples: int = option(300, "Samples per label in the final evaluation.")
+    base_samples: int = option(1500, "Base samples for log Z and for the exact law's own accuracy.")
+    dtype: str = option("float32", "Precision of the frozen base: float32, bfloat16 or float16.")
+    sample_batch_size: int = option(100, "Trajectories at a time for base samples and evaluation.")
+    streaming: bool = option(
         False,
         "Read the datasets row by row while the classifier learns, instead of holding all images in memory. Needs label_names.",
     )
-    stream_head: int = _option(
+    stream_head: int = option(
         2000, "streaming: rows of each dataset kept in memory; for these the members are cross-fitted, calibrated and stopped."
     )
-    epoch_labels: int = _option(10_000, "streaming: labels between two looks at the held-out ones, called an epoch.")
-    low_vram: bool = _option(False, f"For small GPUs. Sets: {LOW_VRAM}.")
-    dry_run: bool = _option(
+    epoch_labels: int = option(10_000, "streaming: labels between two looks at the held-out ones, called an epoch.")
+    low_vram: bool = option(False, f"For small GPUs. Sets: {LOW_VRAM}.")
+    dry_run: bool = option(
         False, "Build everything, print parameters, memory and time of an update, and stop. Nothing is written to output_dir."
     )
-    push_to_hub: bool = _option(False, "Upload the adapter when done.")
-    hub_model_id: str | None = _option(None, "Hub repository of the adapter.")
+    push_to_hub: bool = option(False, "Upload the adapter when done.")
+    hub_model_id: str | None = option(None, "Hub repository of the adapter.")
 
     def __post_init__(self) -> None:
         if self.push_to_hub and not self.hub_model_id:

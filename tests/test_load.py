@@ -5,6 +5,7 @@ import os
 import time
 from itertools import islice
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -41,6 +42,13 @@ def write_pictures(folder, count: int, shards: int = 4, labels=None):
         table = pa.table({"image": [{"bytes": file, "path": None} for file in files], "label": own})
         pq.write_table(table, folder / f"rows-{shard:03d}.parquet", row_group_size=2000)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_wait(request, monkeypatch):
+    """datasets waits five seconds whenever a pass over several shards ends, for the threads of remote file systems."""
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
 
 
 @pytest.fixture(scope="module")

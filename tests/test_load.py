@@ -251,7 +251,8 @@ def test_a_million_rows_start_in_ten_seconds_and_teach_as_fast_as_a_thousand(tmp
         folder = write_pictures(tmp_path / str(count), count, shards)
         started, wall = time.process_time(), time.perf_counter()
         opened = stream(folder, head=1000)
-        next(opened.batches([], 64, 1))
+        batches = opened.batches([], 64, 1)
+        next(batches)
         start, wall = time.process_time() - started, time.perf_counter() - wall
         classifier = Classifier(SPACE.to_dict(), image_size=8, widths=(8, 8))
         torch.manual_seed(0)

@@ -303,6 +303,11 @@ def test_evaluation_knows_the_range(gamma_run, sd_folder, tmp_path):
     config = write_config(tmp_path / "smoke.yaml", **settings(sd_folder, tmp_path / "again"))
     metrics = evaluate.main(["--adapter", str(gamma_run), "--config", config])
     assert math.isfinite(metrics["by_gamma.4.gap"])
+    # a few samples at a time: the same ones, to rounding
+    few = ["--sample_batch_size", "3", "--reward_batch_size", "2"]
+    again = evaluate.main(["--adapter", str(gamma_run), "--config", config, *few])
+    for name in ("kl", "log_likelihood", "gap", "base_log_partition", "by_gamma.4.gap"):
+        assert math.isclose(again[name], metrics[name], rel_tol=1e-4, abs_tol=1e-5), name
 
 
 def test_new_figures_leave_the_weights_as_they_are(gamma_run, sd_folder, tmp_path):

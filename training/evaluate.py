@@ -31,7 +31,7 @@ from diffusers_ctrl.injection import load_lora_state_dict  # noqa: E402
 from diffusers_ctrl.labels import LabelGrid, label_grid  # noqa: E402
 from diffusers_ctrl.recording import record_conditions  # noqa: E402
 from diffusers_ctrl.rewards import attribute_rewards, classifier_reward  # noqa: E402
-from diffusers_ctrl.rollouts import Environment, Sampler  # noqa: E402
+from diffusers_ctrl.rollouts import Environment, Sampler, in_chunks  # noqa: E402
 from diffusers_ctrl.sampling import labelled_scheduler  # noqa: E402
 from figures import plot_samples, sample_rows  # noqa: E402
 from report import plot_agreement, print_table, write_metrics  # noqa: E402
@@ -114,23 +114,24 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     accelerator = processes.make_accelerator()
     device = accelerator.device
     policy, environment = adapter_environment(adapter, task, grid, device)
+    chunk = config.reward_batch_size
+    environment = replace(environment, decode=in_chunks(environment.decode, chunk), reward_batch_size=chunk)
+    sizes = {"batch_size": task.sample_batch_size, "distributed": True}
     names, oracle = grid.names, attribute_oracle(task)
     judges = {"oracle": oracle, "prompt_oracle": prompt_judge(task.prompt_oracle, task.prompts)}
     kept = {k: v for k, v in adapter.config.metrics.items() if k.startswith(("seconds_", "classifier_", "num_labels", "updates"))}
     with policy.merged():
         generator = torch.Generator(device).manual_seed(config.seed + 2_000_003)
-        tuned = draw_samples(policy, environment, task.eval_samples, generator, description="evaluation", distributed=True)
+        tuned = draw_samples(policy, environment, task.eval_samples, generator, description="evaluation", **sizes)
         per_label = max(1, task.base_samples // len(names))
         generator = torch.Generator(device).manual_seed(config.seed + 1_000_003)
-        base = draw_samples(policy, environment, per_label, generator, tuned=False, description="base samples", distributed=True)
+        base = draw_samples(policy, environment, per_label, generator, tuned=False, description="base samples", **sizes)
         tuned, base = (judge(samples, environment, **judges) for samples in (tuned, base))
         metrics = kept | (evaluate(tuned, base, environment, names) if accelerator.is_main_process else {})
         if adapter.config.gamma_range is not None:
             generator = torch.Generator(device).manual_seed(config.seed + 3_000_003)
             gammas = gamma_grid(tuple(adapter.config.gamma_range))
-            metrics |= evaluate_gammas(
-                policy, environment, base, gammas, task.eval_samples, generator, names, distributed=True, **judges
-            )
+            metrics |= evaluate_gammas(policy, environment, base, gammas, task.eval_samples, generator, names, **sizes, **judges)
         if policy.guidance_scale > 1 and accelerator.is_main_process:
             scales, few = label_scales(policy.guidance_scale), max(1, task.eval_samples // 5)
             metrics |= measure_baked(policy, environment, few, config.seed + 4_000_003, scales)

@@ -7,8 +7,11 @@ import torch
 
 from diffusers_ctrl import LabelSpace, Policy
 
-from .base import Base, Labelled, Likelihood, noised
-from .tuned import draw, new_policy, updates_of
+from .base import Base, Labelled, noised
+from .tuned import new_policy, sample, updates_of
+
+
+__all__ = ["fit", "sample"]
 
 
 LEVELS = 8  # the denoiser takes one timestep a call
@@ -37,16 +40,3 @@ def fit(
             loss = loss + (output - target).square().mean() / LEVELS
         step(loss)
     return policy
-
-
-def sample(
-    base: Base,
-    likelihood: Likelihood,
-    label: torch.Tensor,
-    prompts: torch.Tensor,
-    generator: torch.Generator,
-    *,
-    policy: Policy,
-    weight: float = 1.0,
-) -> torch.Tensor:
-    return draw(base, policy, label, prompts, generator, guidance=weight)

@@ -9,7 +9,10 @@ from diffusers_ctrl import LabelSpace, Policy
 from diffusers_ctrl.rollouts import rollout, tuned_transition
 
 from .base import Base, Likelihood
-from .tuned import batch_of, draw, new_policy, updates_of
+from .tuned import batch_of, new_policy, sample, updates_of
+
+
+__all__ = ["fit", "sample"]
 
 
 def fit(
@@ -51,15 +54,3 @@ def fit(
                 loss = loss - gain.mean() / len(part)
             next(steps)(loss)
     return policy
-
-
-def sample(
-    base: Base,
-    likelihood: Likelihood,
-    label: torch.Tensor,
-    prompts: torch.Tensor,
-    generator: torch.Generator,
-    *,
-    policy: Policy,
-) -> torch.Tensor:
-    return draw(base, policy, label, prompts, generator)

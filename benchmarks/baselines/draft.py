@@ -9,7 +9,10 @@ from diffusers_ctrl import LabelSpace, Policy
 from diffusers_ctrl.rollouts import rollout
 
 from .base import Base, Likelihood
-from .tuned import batch_of, draw, new_policy, updates_of
+from .tuned import batch_of, new_policy, sample, updates_of
+
+
+__all__ = ["fit", "sample"]
 
 
 def fit(
@@ -33,15 +36,3 @@ def fit(
         found = rollout(policy, base.sampler, batch, generator, grad_steps=last_steps + 1, reference=False)
         step(-likelihood(base.decode(found.sample), chosen).mean())
     return policy
-
-
-def sample(
-    base: Base,
-    likelihood: Likelihood,
-    label: torch.Tensor,
-    prompts: torch.Tensor,
-    generator: torch.Generator,
-    *,
-    policy: Policy,
-) -> torch.Tensor:
-    return draw(base, policy, label, prompts, generator)

@@ -12,7 +12,7 @@ from diffusers_ctrl import LabelSpace, Policy
 from diffusers_ctrl.bases import denoiser_of
 from diffusers_ctrl.rollouts import Batch
 
-from .base import Base, drawn
+from .base import Base, Likelihood, drawn
 
 
 TARGETS = ["conv1", "conv2", "time_emb_proj", "to_v", "to_out.0"]  # as in training/configs/digits_stroke.yaml
@@ -47,15 +47,17 @@ def updates_of(policy: Policy, updates: int, rate: float, description: str) -> I
 
 
 @torch.no_grad()
-def draw(
+def sample(
     base: Base,
-    policy: Policy,
+    likelihood: Likelihood,
     label: torch.Tensor,
     prompts: torch.Tensor,
     generator: torch.Generator,
-    guidance: float = 1.0,
+    *,
+    policy: Policy,
+    weight: float = 1.0,
 ) -> torch.Tensor:
-    """Images of the tuned model; guidance on the label alone, null + guidance · (labelled − null), both with the prompt."""
+    """Images of the tuned model; with a weight, guidance on the label alone: null + weight · (labelled − null), both with the prompt."""
     labels, nobody = label.expand(len(prompts), -1), torch.full((len(prompts), len(label)), torch.nan)
     x, conditions = base.start(len(prompts), generator), base.conditions[prompts]
     with policy.merged():
@@ -63,8 +65,8 @@ def draw(
             t = base.sampler.timesteps[k]
             output = policy(x, t, labels, None, conditions)
             base.calls["forward"] += len(x)
-            if guidance != 1.0:
-                output = torch.lerp(policy(x, t, nobody, None, conditions), output, guidance)
+            if weight != 1.0:
+                output = torch.lerp(policy(x, t, nobody, None, conditions), output, weight)
                 base.calls["forward"] += len(x)
             x = drawn(base.sampler.transition(output, t, x), generator)
     return base.decode(x)

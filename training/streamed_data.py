@@ -32,12 +32,14 @@ class LabelledStream:
 
     head: the first rows, labels (N, A). keys: a digest of each of their images, as it is stored. rows: (seed, pass, digests) -> every row
     of the dataset once, in an order of its own, but those with one of the digests. transform: of images, see `load_labelled_images`.
+    begun: the pass that the head was read from; closing one over several shards makes datasets wait for five seconds, and the start should not.
     """
 
     head: LabelledImages
     keys: tuple[bytes, ...]
     rows: Callable[[int, int, Set[bytes]], Iterator[Row]]
     transform: Callable[[torch.Tensor], torch.Tensor] | None
+    begun: Iterator[Row]
 
     def batches(self, without: Sequence[int], size: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Endless batches of `size` images and labels, pass after pass, each in another order.
@@ -116,13 +118,14 @@ def stream_labelled_images(
                 continue
             yield key, picture, labels
 
-    first = list(islice(rows(seed, 0), head))
+    begun = rows(seed, 0)
+    first = list(islice(begun, head))
     if not first:
         raise ValueError(f"Dataset {name!r} has no readable image.")
     keys, pictures, labels = zip(*first, strict=True)
     names = tuple(tuple(reader.names or ()) for reader in readers)
     kept = LabelledImages(prepared(pictures, transform), torch.tensor(labels, dtype=torch.float32), names)
-    return LabelledStream(kept, keys, rows, transform)
+    return LabelledStream(kept, keys, rows, transform, begun)
 
 
 def _key(cell: dict[str, Any]) -> bytes:

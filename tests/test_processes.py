@@ -309,6 +309,7 @@ def test_accelerate_takes_the_configs(config, monkeypatch):
     assert args.num_machines == (4 if count == 32 else 1) and args.mixed_precision == "no"
 
 
+@pytest.mark.slow
 def test_two_machines_find_each_other(tmp_path):
     """multi_node.yaml with two machines of one process, both of them here."""
     script = tmp_path / "count.py"

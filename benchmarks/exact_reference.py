@@ -19,8 +19,19 @@ from tqdm.auto import tqdm
 from digits_data import MEASURES, digit_oracle
 
 
-DECILES, CELLS = 10, 100
+DIGITS, DECILES = 10, 10
 FLOOR_REPEATS, EXACT_DRAWS = 20, 2000
+
+
+def histogram(cells: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """(DIGITS · DECILES,) probabilities."""
+    out = torch.zeros(DIGITS * DECILES, dtype=torch.float64).index_add(0, cells, weights)
+    return out / out.sum()
+
+
+def distance(p: torch.Tensor, q: torch.Tensor) -> float:
+    """Total variation."""
+    return ((p - q).abs().sum() / 2).item()
 
 
 def small(images: torch.Tensor) -> torch.Tensor:
@@ -42,8 +53,8 @@ class Reference:
         return digit_oracle(images) * DECILES + torch.bucketize(MEASURES[self.attribute](images), self.edges)
 
     def law(self, label: int) -> torch.Tensor:
-        """(CELLS,) probabilities."""
-        return torch.zeros(CELLS, dtype=torch.float64).index_add(0, self.cells, self.log_weights[:, label].exp())
+        """(DIGITS · DECILES,) probabilities."""
+        return histogram(self.cells, self.log_weights[:, label].exp())
 
     def draws(self, label: int, count: int, generator: torch.Generator) -> torch.Tensor:
         """Rows of the pool, drawn from the exact law."""
@@ -94,8 +105,8 @@ def make_reference(
 
 
 def total_variation(cells: torch.Tensor, law: torch.Tensor) -> float:
-    found = torch.bincount(cells, minlength=CELLS).double() / len(cells)
-    return ((found - law).abs().sum() / 2).item()
+    """Of the cells' frequencies to a law."""
+    return distance(histogram(cells, torch.ones(len(cells), dtype=torch.float64)), law)
 
 
 def mmd2(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -19,6 +19,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "training")]
+from exact_reference import DECILES, distance, histogram  # noqa: E402
+
 from diffusers_ctrl.adapters import load_adapter, resolve_folder  # noqa: E402
 from diffusers_ctrl.evaluation import draw_samples  # noqa: E402
 from diffusers_ctrl.labels import label_grid  # noqa: E402
@@ -30,7 +32,6 @@ from records import RESULTS, provenance, write_json  # noqa: E402
 from task import parse_arguments  # noqa: E402
 
 
-DIGITS, DECILES = 10, 10
 PARTICLES = (1, 2, 4, 8, 16, 32)
 
 
@@ -57,12 +58,6 @@ def base_pool(policy, environment: Environment, count: int, seed: int) -> dict[s
     return dict(zip(("digit", "ink", "prompt", "scores"), (torch.cat(column) for column in zip(*parts, strict=True)), strict=True))
 
 
-def histogram(cells: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """(DIGITS · DECILES,) probabilities."""
-    out = torch.zeros(DIGITS * DECILES, dtype=torch.float64).index_add(0, cells, weights)
-    return out / out.sum()
-
-
 def exact_law(base: dict[str, torch.Tensor], cells: torch.Tensor, label: int) -> torch.Tensor:
     """The conditional law of the cell given the label: each prompt's weights normalised, prompts equally frequent."""
     prompts = base["prompt"].unique()
@@ -71,11 +66,6 @@ def exact_law(base: dict[str, torch.Tensor], cells: torch.Tensor, label: int) ->
         rows = base["prompt"] == prompt
         laws.append(histogram(cells[rows], base["scores"][rows, label].softmax(0)))
     return torch.stack(laws).mean(0)
-
-
-def distance(p: torch.Tensor, q: torch.Tensor) -> float:
-    """Total variation."""
-    return ((p - q).abs().sum() / 2).item()
 
 
 def floor(law: torch.Tensor, draws: float, generator: torch.Generator, repeats: int = 200) -> float:

@@ -26,7 +26,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DModel
 from diffusers_ctrl import Categorical, LabelSpace, Policy
 from diffusers_ctrl.objectives import OBJECTIVES
 from diffusers_ctrl.rollouts import Environment, Sampler
-from records import RESULTS, provenance, write_json
+from records import RESULTS, provenance, resident_mib, write_json
 
 
 BATCH, SHAPE = 8, (4, 16, 16)
@@ -98,12 +98,6 @@ def update(policy: Policy, environment: Environment, objective: str, micro_batch
         (loss / micro_batches).backward()
 
 
-def resident(name: str) -> float:
-    """VmRSS or VmHWM of this process, in MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024
-
-
 def measure(
     steps: int, objective: str, checkpointing: bool, micro_batches: int, reward_batch_size: int | None, decode: bool
 ) -> dict:
@@ -113,10 +107,10 @@ def measure(
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    before, started = resident("VmRSS"), time.perf_counter()
+    before, started = resident_mib("VmRSS"), time.perf_counter()
     update(policy, environment, objective, micro_batches)
     seconds = time.perf_counter() - started
-    return {"peak_mib": round(resident("VmHWM") - before, 1), "seconds_per_step": round(seconds / steps, 4)}
+    return {"peak_mib": round(resident_mib("VmHWM") - before, 1), "seconds_per_step": round(seconds / steps, 4)}
 
 
 def in_fresh_process(**settings) -> dict:

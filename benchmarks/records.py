@@ -21,6 +21,12 @@ def provenance() -> dict[str, Any]:
     return {"commit": commit, "versions": package_versions()}
 
 
+def resident_mib(name: str = "VmRSS") -> float:
+    """Memory of this process: VmRSS now, or VmHWM, the most since the mark was set back (/proc/self/clear_refs, so Linux only)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024
+
+
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Writes `record` under a temporary name and renames it."""
     path.parent.mkdir(parents=True, exist_ok=True)

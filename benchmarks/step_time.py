@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -39,7 +38,7 @@ from random_sd import SIZES, ddim, random_embeds, random_unet, random_vae  # noq
 from diffusers_ctrl import Categorical, Classifier, CTRLConfig, CTRLTrainer, LabelSpace, Policy  # noqa: E402
 from diffusers_ctrl.rewards import classifier_reward  # noqa: E402
 from diffusers_ctrl.rollouts import rollout  # noqa: E402
-from records import RESULTS, provenance, write_json  # noqa: E402
+from records import RESULTS, provenance, resident_mib, write_json  # noqa: E402
 
 
 GUIDANCE = 7.5
@@ -117,12 +116,6 @@ def update_of(row: str, size_name: str, steps: int, folder: str) -> tuple[Callab
     return official, unet
 
 
-def memory_mib(peak: bool) -> float:
-    """Resident memory of this process now, or the most since `reset_peak`."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["VmHWM" if peak else "VmRSS"].split()[0]) / 1024
-
-
 def worker(row: str, size: str, steps: int, repeats: int) -> dict[str, float]:
     warnings.filterwarnings("ignore")
     rows = [0]
@@ -135,14 +128,14 @@ def worker(row: str, size: str, steps: int, repeats: int) -> dict[str, float]:
         unet.conv_in.count = count
         unet.conv_in.register_forward_pre_hook(lambda _, given: count(given))
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        before = memory_mib(peak=False)
+        before = resident_mib()
         update(), update()
         rows[0], seconds = 0, []
         for _ in range(repeats):
             started = time.perf_counter()
             update()
             seconds.append(time.perf_counter() - started)
-    return {"seconds": statistics.median(seconds), "mib": memory_mib(peak=True) - before, "rows": rows[0] / repeats}
+    return {"seconds": statistics.median(seconds), "mib": resident_mib("VmHWM") - before, "rows": rows[0] / repeats}
 
 
 def main() -> None:
@@ -205,7 +198,6 @@ def summary(found: dict[tuple[int, str], list[dict[str, float]]], args: argparse
         print(
             f"{name:52}{steps:>6}{row['seconds']:>10.2f}{cells[0]:>10}{cells[1]:>8}{row['mib']:>8.0f}{cells[2]:>10}{row['rows']:>8.0f}"
         )
-    record["peak_rss_of_children_mib"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     return record
 
 

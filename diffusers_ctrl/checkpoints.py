@@ -72,7 +72,7 @@ def _seal(path: Path) -> dict[str, Any]:
 def write_file(path: Path, text: str) -> None:
     """Writes a small file whole or not at all: under a temporary name, flushed to the disk and renamed."""
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     _seal(temporary)
     os.replace(temporary, path)
     _flush_folder(path.parent)

@@ -410,6 +410,7 @@ def evaluate_gammas(
     batch_size: int = 100,
     oracle: LabelOracle | None = None,
     prompt_oracle: PromptOracle | None = None,
+    scores: torch.Tensor | None = None,
     distributed: bool = False,
 ) -> dict[str, Any]:
     """by_gamma.{gamma}.NAME with its NAME_se: the certificate and the accuracies at each gamma, on `per_label` fresh samples each.
@@ -418,7 +419,8 @@ def evaluate_gammas(
     """
     out: dict[str, Any] = {}
     base = judge(base, environment, oracle, prompt_oracle)
-    scores = None if base.images is None else base_scores(base, environment)
+    if scores is None and base.images is not None:
+        scores = base_scores(base, environment)
     for gamma in gammas:
         at = replace(environment, gamma=gamma)
         tuned = draw_samples(

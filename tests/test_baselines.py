@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from baselines import best_of_n, cfg_finetune, classifier_guidance, dps, mpgd, tfg
 from baselines.base import Labelled, encode, open_base
 from baselines.guided import guided
-from exact_reference import CELLS, distances, make_reference, mmd2
+from exact_reference import DECILES, DIGITS, distances, make_reference, mmd2
 
 from diffusers_ctrl.adapters import load_adapter, resolve_folder
 from digits_data import PROMPTS, digit_oracle, drawn_digits, measure_stroke, stroke_oracle
@@ -123,7 +123,7 @@ def test_distances_to_the_exact_law(base, adapter, tmp_path):
     again = make_reference(*arguments)
     assert torch.equal(reference.cells, again.cells) and torch.equal(reference.log_weights, again.log_weights)
     law = reference.law(2)
-    assert law.shape == (CELLS,) and abs(law.sum().item() - 1) < 1e-9
+    assert law.shape == (DIGITS * DECILES,) and abs(law.sum().item() - 1) < 1e-9
     pool = torch.load(tmp_path / "pool.pt", weights_only=True).float()
     exact = distances(reference, 2, pool[reference.draws(2, 300, generator(1))], generator(2))
     plain = distances(reference, 2, pool[:300], generator(2))

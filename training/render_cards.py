@@ -18,6 +18,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from diffusers_ctrl import assets  # noqa: E402
 from diffusers_ctrl.adapters import CONFIG_NAME, read_config  # noqa: E402
 from diffusers_ctrl.cards import save_card  # noqa: E402
+from diffusers_ctrl.checkpoints import write_file  # noqa: E402
 
 
 CARDS = Path(__file__).resolve().parents[1] / "model_cards"
@@ -58,9 +59,7 @@ def main() -> None:
             )
         return
     for path, text in rendered().items():
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(text)
-        os.replace(temporary, path)
+        write_file(path, text)
         print(path)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
@@ -17,6 +16,7 @@ import torch
 
 from diffusers_ctrl import CTRLConfig
 from diffusers_ctrl.accuracy import confusion_matrix
+from diffusers_ctrl.checkpoints import write_file
 from diffusers_ctrl.evaluation import Samples, by_gamma, lower_bounds
 from diffusers_ctrl.labels import Categorical, LabelSpace
 from figures import plot_asked_and_found, plot_confusion
@@ -100,8 +100,7 @@ def _attribute_lines(metrics: dict[str, Any]) -> list[str]:
 
 def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
     """metrics.json, whole or not at all."""
-    (folder / "metrics.json.tmp").write_text(json.dumps(metrics, indent=2) + "\n")
-    os.replace(folder / "metrics.json.tmp", folder / "metrics.json")
+    write_file(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
 
 
 def plot_agreement(folder: Path, space: LabelSpace, labels: torch.Tensor, tuned: Samples) -> None:
@@ -184,6 +183,5 @@ def write_report(
         _table(sorted(metrics["versions"].items())),
     ]
     page = PAGE.format(title=escape(f"{asked} on {task.base}"), body="\n".join(parts))
-    (folder / "report.html.tmp").write_text(page, encoding="utf-8")
-    os.replace(folder / "report.html.tmp", folder / "report.html")
+    write_file(folder / "report.html", page)
     return folder / "report.html"

@@ -30,6 +30,7 @@ from diffusers_ctrl.adapters import (  # noqa: E402
 )
 from diffusers_ctrl.baked import label_scales, measure_baked  # noqa: E402
 from diffusers_ctrl.cards import save_card  # noqa: E402
+from diffusers_ctrl.checkpoints import write_file  # noqa: E402
 from diffusers_ctrl.decoding import decoder  # noqa: E402
 from diffusers_ctrl.evaluation import base_scores, draw_samples, evaluate, evaluate_gammas, exact_law, gamma_grid, judge  # noqa: E402
 from diffusers_ctrl.labels import label_grid  # noqa: E402
@@ -128,12 +129,9 @@ def run(task: TaskConfig, config: CTRLConfig) -> dict[str, Any]:
     base = draw_samples(policy, environment, per_label, generator, tuned=False, description="base samples", **sizes)
     gammas = [config.gamma] if config.gamma_range is None else gamma_grid(tuple(config.gamma_range))
 
-    def log_partition() -> float:
-        scores = base_scores(base, environment)
-        found = [exact_law(base, replace(environment, gamma=g), scores=scores)["base_log_partition"] for g in gammas]
-        return sum(found) / len(gammas)
-
-    trainer.log_partition = processes.on_main(log_partition)
+    scores = processes.on_main(lambda: base_scores(base, environment))
+    log_partitions = [exact_law(base, replace(environment, gamma=g), scores=scores)["base_log_partition"] for g in gammas]
+    trainer.log_partition = sum(log_partitions) / len(gammas)
 
     # 4. train, save, judge
     train_started = time.time()
@@ -161,10 +159,12 @@ def run(task: TaskConfig, config: CTRLConfig) -> dict[str, Any]:
         )
         judges = {"oracle": oracle, "prompt_oracle": prompt_judge(task.prompt_oracle, task.prompts)}
         tuned, base = (judge(samples, environment, **judges) for samples in (tuned, base))
-        metrics |= evaluate(tuned, base, environment, names) if main else {}
+        metrics |= evaluate(tuned, base, environment, names, scores=scores) if main else {}
         if config.gamma_range is not None:
             generator = torch.Generator(accelerator.device).manual_seed(config.seed + 3_000_003)
-            metrics |= evaluate_gammas(policy, environment, base, gammas, task.eval_samples, generator, names, **sizes, **judges)
+            metrics |= evaluate_gammas(
+                policy, environment, base, gammas, task.eval_samples, generator, names, scores=scores, **sizes, **judges
+            )
         if config.guidance_scale > 1 and main:
             scales, few = label_scales(config.guidance_scale), max(1, task.eval_samples // 5)
             metrics |= measure_baked(policy, environment, few, config.seed + 4_000_003, scales)
@@ -196,7 +196,7 @@ def run(task: TaskConfig, config: CTRLConfig) -> dict[str, Any]:
     )
     save_adapter(output, collect_adapter(adapter_config, denoiser, policy.label_encoder, likelihood.classifier))
     write_metrics(output, metrics)
-    (output / "history.json").write_text(json.dumps(history) + "\n")
+    write_file(output / "history.json", json.dumps(history) + "\n")
     plot_samples(rows, ["base", *names], output / "samples.png", "each column: the same noise")
     plot_curves(history, trainer.log_partition, output / "curves.png")
     if oracle is not None:

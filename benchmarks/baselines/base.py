@@ -34,6 +34,10 @@ class Base:
     def steps(self) -> int:
         return self.sampler.num_inference_steps
 
+    @property
+    def predicts_v(self) -> bool:
+        return self.sampler.scheduler.config.prediction_type == "v_prediction"
+
     def levels(self, k: int) -> tuple[float, float]:
         """Signal and noise (alpha, sigma) of the states that step k starts from; alpha² + sigma² = 1."""
         alpha2 = self.sampler.scheduler.alphas_cumprod[int(self.sampler.timesteps[k])].item() if k < self.steps else 1.0
@@ -53,21 +57,15 @@ class Base:
 
         return self.conditions[prompts].output(call, x, self.sampler.timesteps[k], None)
 
-    def clean_of(self, output: torch.Tensor, x: torch.Tensor, k: int) -> torch.Tensor:
-        alpha, sigma = self.levels(k)
-        if self.sampler.scheduler.config.prediction_type == "v_prediction":
-            return alpha * x - sigma * output
-        return (x - sigma * output) / alpha
-
     def clean(self, x: torch.Tensor, k: int, prompts: torch.Tensor) -> torch.Tensor:
         """E[x_clean | x] as the base estimates it."""
-        return self.clean_of(self.output(x, k, prompts), x, k)
+        (alpha, sigma), output = self.levels(k), self.output(x, k, prompts)
+        return alpha * x - sigma * output if self.predicts_v else (x - sigma * output) / alpha
 
     def step(self, x: torch.Tensor, clean: torch.Tensor, k: int) -> Transition:
         """The sampler's step from x, were `clean` what the denoiser had said."""
         alpha, sigma = self.levels(k)
-        v_prediction = self.sampler.scheduler.config.prediction_type == "v_prediction"
-        output = (alpha * x - clean) / sigma if v_prediction else (x - alpha * clean) / sigma
+        output = (alpha * x - clean) / sigma if self.predicts_v else (x - alpha * clean) / sigma
         return self.sampler.transition(output, self.sampler.timesteps[k], x)
 
     def draw(self, prompts: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -101,8 +99,7 @@ def noised(base: Base, clean: torch.Tensor, t: int, generator: torch.Generator) 
     alpha2 = base.sampler.scheduler.alphas_cumprod[t]
     alpha, sigma = alpha2.sqrt(), (1 - alpha2).sqrt()
     noise = torch.randn(clean.shape, generator=generator)
-    v_prediction = base.sampler.scheduler.config.prediction_type == "v_prediction"
-    return alpha * clean + sigma * noise, alpha * noise - sigma * clean if v_prediction else noise
+    return alpha * clean + sigma * noise, alpha * noise - sigma * clean if base.predicts_v else noise
 
 
 def drawn(step: Transition, generator: torch.Generator) -> torch.Tensor:

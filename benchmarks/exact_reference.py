@@ -1,13 +1,14 @@
 """The exact conditional law of the digits, from many base samples reweighted by p̂(y | x)^gamma, and how far samples are from it.
 
-Two distances. Total variation of the law of (digit, decile of the attribute), digits and deciles as measured on the pictures. Squared maximum
-mean discrepancy (unbiased) of the pictures at 8x8, Gaussian kernels of half, once and twice the median distance. Both come with their floor: what as
-many exact draws would score.
+Two distances. Total variation of the law of (digit, decile of the attribute), or (digit, tercile, tercile) of two attributes, all as measured
+on the pictures. Squared maximum mean discrepancy (unbiased) of the pictures at 8x8, Gaussian kernels of half, once and twice the median
+distance. Both come with their floor: what as many exact draws would score.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,16 +17,19 @@ import torch.nn.functional as F
 from baselines.base import Base, Likelihood
 from tqdm.auto import tqdm
 
-from digits_data import MEASURES, digit_oracle
+from digits_data import MEASURES as DIGIT_MEASURES
+from digits_data import digit_oracle
+from jpeg_data import jpeg_kilobytes
 
 
-DIGITS, DECILES = 10, 10
+MEASURES = {**DIGIT_MEASURES, "jpeg": jpeg_kilobytes}
+DIGITS, DECILES, TERCILES = 10, 10, 3
 FLOOR_REPEATS, EXACT_DRAWS = 20, 2000
 
 
-def histogram(cells: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """(DIGITS · DECILES,) probabilities."""
-    out = torch.zeros(DIGITS * DECILES, dtype=torch.float64).index_add(0, cells, weights)
+def histogram(cells: torch.Tensor, weights: torch.Tensor, size: int = DIGITS * DECILES) -> torch.Tensor:
+    """(size,) probabilities."""
+    out = torch.zeros(size, dtype=torch.float64).index_add(0, cells, weights)
     return out / out.sum()
 
 
@@ -41,24 +45,43 @@ def small(images: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Reference:
-    """The base's pool. cells: (N,) of pictures; features: (N, 64); log_weights: (N, M) normalised within each prompt; edges: of the deciles."""
+    """The base's pool. cells: (N,) of pictures; features: (N, 64); log_weights: (N, M) normalised within each prompt.
+
+    edges: of each attribute's bins. log_partition: log E_base[p̂^gamma], mean over prompts and labels, nats.
+    """
 
     cells: torch.Tensor
     features: torch.Tensor
     log_weights: torch.Tensor
-    edges: torch.Tensor
-    attribute: str
+    edges: tuple[torch.Tensor, ...]
+    attributes: tuple[str, ...]
+    log_partition: float
+
+    @property
+    def size(self) -> int:
+        """How many cells there are."""
+        return DIGITS * math.prod(len(edges) + 1 for edges in self.edges)
 
     def cells_of(self, images: torch.Tensor) -> torch.Tensor:
-        return digit_oracle(images) * DECILES + torch.bucketize(MEASURES[self.attribute](images), self.edges)
+        return to_cells(digit_oracle(images), [MEASURES[name](images) for name in self.attributes], self.edges)
+
+    def digits_of(self, cells: torch.Tensor) -> torch.Tensor:
+        return cells // (self.size // DIGITS)
 
     def law(self, label: int) -> torch.Tensor:
-        """(DIGITS · DECILES,) probabilities."""
-        return histogram(self.cells, self.log_weights[:, label].exp())
+        """(size,) probabilities."""
+        return histogram(self.cells, self.log_weights[:, label].exp(), self.size)
 
     def draws(self, label: int, count: int, generator: torch.Generator) -> torch.Tensor:
         """Rows of the pool, drawn from the exact law."""
         return torch.multinomial(self.log_weights[:, label].exp(), count, replacement=True, generator=generator)
+
+
+def to_cells(digits: torch.Tensor, measured: Sequence[torch.Tensor], edges: Sequence[torch.Tensor]) -> torch.Tensor:
+    cells = digits
+    for values, borders in zip(measured, edges, strict=True):
+        cells = cells * (len(borders) + 1) + torch.bucketize(values, borders)
+    return cells
 
 
 def make_reference(
@@ -66,7 +89,7 @@ def make_reference(
     likelihood: Likelihood,
     labels: torch.Tensor,
     gamma: float,
-    attribute: str,
+    attributes: Sequence[str],
     count: int,
     cache: Path,
     batch_size: int = 500,
@@ -85,28 +108,31 @@ def make_reference(
         cache.parent.mkdir(parents=True, exist_ok=True)
         torch.save(images, cache.with_suffix(".tmp"))
         cache.with_suffix(".tmp").rename(cache)
-    cells, features, measured, scores = [], [], [], []
+    digits, features, scores = [], [], []
+    measured: list[list[torch.Tensor]] = [[] for _ in attributes]
     for part in images.split(2000):
         part = part.float()
-        cells.append(digit_oracle(part))
-        measured.append(MEASURES[attribute](part))
+        digits.append(digit_oracle(part))
+        for column, name in zip(measured, attributes, strict=True):
+            column.append(MEASURES[name](part))
         features.append(small(part))
         with torch.no_grad():
             scores.append(torch.stack([likelihood(part, row.expand(len(part), -1)) for row in labels], dim=1).double())
-    measured, scores = torch.cat(measured), gamma * torch.cat(scores)
-    edges = measured.quantile(torch.arange(1, DECILES, dtype=torch.float64) / DECILES)
-    log_weights = torch.empty_like(scores)
+    columns, weighted = [torch.cat(column) for column in measured], gamma * torch.cat(scores)
+    bins = DECILES if len(attributes) == 1 else TERCILES
+    edges = tuple(column.quantile(torch.arange(1, bins, dtype=torch.float64) / bins) for column in columns)
+    log_weights, log_z = torch.empty_like(weighted), []
     for prompt in prompts.unique():
         own = prompts == prompt
-        log_weights[own] = scores[own].log_softmax(dim=0) - math.log(len(base.conditions))
-    return Reference(
-        torch.cat(cells) * DECILES + torch.bucketize(measured, edges), torch.cat(features), log_weights, edges, attribute
-    )
+        log_weights[own] = weighted[own].log_softmax(dim=0) - math.log(len(base.conditions))
+        log_z.append(weighted[own].logsumexp(dim=0) - math.log(int(own.sum())))
+    cells = to_cells(torch.cat(digits), columns, edges)
+    return Reference(cells, torch.cat(features), log_weights, edges, tuple(attributes), torch.stack(log_z).mean().item())
 
 
 def total_variation(cells: torch.Tensor, law: torch.Tensor) -> float:
     """Of the cells' frequencies to a law."""
-    return distance(histogram(cells, torch.ones(len(cells), dtype=torch.float64)), law)
+    return distance(histogram(cells, torch.ones(len(cells), dtype=torch.float64), len(law)), law)
 
 
 def mmd2(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -94,7 +94,7 @@ def test_tds_walks_on_the_bases_timesteps(base, adapter):
 
 def test_the_noisy_classifier_learns_and_guides(base, adapter, data):
     fitted = classifier_guidance.fit(base, data, updates=300)
-    clean = fitted(data.latents, torch.full((len(data.latents),), -3.0)).argmax(dim=1)
+    clean = fitted(data.latents, torch.full((len(data.latents),), -3.0))[0].argmax(dim=1)
     assert (clean == data.labels[:, 0]).double().mean() > 0.8
     means = []
     for label in (0.0, 2.0):
@@ -118,7 +118,7 @@ def test_cfg_fine_tuning_starts_at_the_base_and_moves(base, adapter, data):
 def test_distances_to_the_exact_law(base, adapter, tmp_path):
     """Draws of the exact law are as far from it as their floor says; those of the base are further; a cache is read again."""
     labels = torch.tensor([[0.0], [1.0], [2.0]])
-    arguments = (base, adapter.classifier.log_prob, labels, 1.0, "stroke", 600, tmp_path / "pool.pt")
+    arguments = (base, adapter.classifier.log_prob, labels, 1.0, ["stroke"], 600, tmp_path / "pool.pt")
     reference = make_reference(*arguments)
     again = make_reference(*arguments)
     assert torch.equal(reference.cells, again.cells) and torch.equal(reference.log_weights, again.log_weights)

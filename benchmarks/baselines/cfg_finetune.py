@@ -3,18 +3,19 @@ label dropped at random, and at inference null + weight · (labelled − null). 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from diffusers_ctrl import LabelSpace, Policy
 
+from . import tuned
 from .base import Base, Labelled, noised
-from .tuned import new_policy, sample, updates_of
-
-
-__all__ = ["fit", "sample"]
+from .tuned import new_policy, updates_of
 
 
 LEVELS = 8  # the denoiser takes one timestep a call
+sample = partial(tuned.sample, base_ends=False)  # it is trained at every noise level
 
 
 def fit(

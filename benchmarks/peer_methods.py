@@ -1,0 +1,136 @@
+"""The methods of the tables of peers.py, each with the one number that is tuned: how it is fitted, and how it draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from baselines import best_of_n, cfg_finetune, classifier_guidance, ddpo, dps, draft, mpgd, tds, tfg
+from baselines.base import Base, Labelled
+from exact_reference import Reference
+
+from diffusers_ctrl import Policy
+from diffusers_ctrl.adapters import Adapter
+from diffusers_ctrl.rollouts import Environment, rollout
+from task import TaskConfig
+
+
+Draw = Callable[[torch.Tensor, torch.Tensor, torch.Generator], torch.Tensor]  # label (A,), prompt rows (n,), generator -> images
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One seed of one table's row of labels.
+
+    adapter, policy, environment: ours, as trained. labels: (M, A). data: the labelled images, which the trained baselines learn from.
+    reference: the exact law at gamma = 1. smoke: everything at toy size.
+    """
+
+    base: Base
+    adapter: Adapter
+    policy: Policy
+    environment: Environment
+    labels: torch.Tensor
+    data: Labelled
+    reference: Reference
+    task: TaskConfig
+    seed: int
+    training_seconds: float
+    smoke: bool = False
+
+    def likelihood(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """log p̂(y | x) of the one classifier that all methods are given, (n,) nats."""
+        return self.adapter.classifier.log_prob(images, labels)
+
+    def updates(self, count: int) -> int:
+        return min(count, 2) if self.smoke else count
+
+
+@dataclass(frozen=True)
+class Method:
+    """weights: what is tried. fit: what is made once, before any weight is known. draw: (setting, what was made, weight) -> how to draw.
+
+    priced: whether its steps go through `Base.price`, so that the KL of its paths to the base's is known.
+    """
+
+    weights: tuple[float, ...]
+    draw: Callable[[Setting, Any, float], Draw]
+    fit: Callable[[Setting], Any] = lambda s: None
+    priced: bool = False
+
+
+def training_free(module: Any) -> Callable[[Setting, Any, float], Draw]:
+    return lambda s, _, weight: lambda y, prompts, g: module.sample(s.base, s.likelihood, y, prompts, g, weight=weight)
+
+
+def fit_noisy_classifier(s: Setting) -> Any:
+    return classifier_guidance.fit(s.base, s.data, updates=s.updates(3000), seed=s.seed)
+
+
+def with_noisy_classifier(s: Setting, fitted: Any, weight: float) -> Draw:
+    return lambda y, prompts, g: classifier_guidance.sample(s.base, s.likelihood, y, prompts, g, classifier=fitted, weight=weight)
+
+
+def fit_cfg(s: Setting) -> Policy:
+    return cfg_finetune.fit(s.base, s.adapter.label_encoder.label_space, s.data, updates=s.updates(1000), seed=s.seed)
+
+
+def with_cfg(s: Setting, policy: Policy, weight: float) -> Draw:
+    return lambda y, prompts, g: cfg_finetune.sample(s.base, s.likelihood, y, prompts, g, policy=policy, weight=weight)
+
+
+def by_rl(module: Any) -> Callable[[Setting, Any, float], Draw]:
+    """weight: how many updates it gets, which is all that holds it near the base. Each is a training of its own."""
+
+    def draw(s: Setting, _: None, weight: float) -> Draw:
+        space = s.adapter.label_encoder.label_space
+        policy = module.fit(s.base, space, s.likelihood, s.labels, weight=s.updates(int(weight)), seed=s.seed)
+        return lambda y, prompts, g: module.sample(s.base, s.likelihood, y, prompts, g, policy=policy)
+
+    return draw
+
+
+def ours(particles: int) -> Callable[[Setting, Any, float], Draw]:
+    """weight: gamma, where the adapter was trained for a range of it. particles: of exact sampling; 1 is one plain call."""
+
+    def make(s: Setting, _: None, weight: float) -> Draw:
+        policy, environment = s.policy, replace(s.environment, gamma=weight, gamma_range=None)
+
+        @torch.no_grad()
+        def draw(y: torch.Tensor, prompts: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+            row = int((s.labels == y).all(dim=1).nonzero()[0])
+            every = prompts.repeat_interleave(particles)
+            batch = environment.batch(torch.full_like(every, row), every, generator)
+            with policy.merged():
+                found = rollout(policy, environment.sampler, batch, generator, reference=particles > 1 or s.base.kl is not None)
+            if s.base.kl is not None:
+                s.base.kl = found.kl
+            images = environment.decode(found.sample)
+            s.base.calls["forward"] += len(every) * s.base.steps * (2 if particles > 1 else 1)
+            if particles == 1:
+                return images
+            weights = weight * environment.score(images, batch.labels).double() - found.log_ratio
+            chosen = torch.multinomial(weights.view(-1, particles).softmax(dim=1), 1, generator=generator).flatten()
+            return images.view(-1, particles, *images.shape[1:])[torch.arange(len(prompts)), chosen]
+
+        return draw
+
+    return make
+
+
+METHODS = {
+    "base": Method((0,), lambda s, _, weight: lambda y, prompts, g: s.base.draw(prompts, g), priced=True),
+    "CTRL": Method((1, 1.6, 2.5, 4), ours(1), priced=True),
+    "CTRL, 8 particles": Method((1, 2.5), ours(8)),
+    "CFG fine-tuning": Method((1, 2, 3, 5), with_cfg, fit_cfg),
+    "DPS": Method((0.25, 0.5, 1, 2, 4), training_free(dps), priced=True),
+    "MPGD": Method((0.05, 0.1, 0.2, 0.4, 0.8), training_free(mpgd)),
+    "best of n": Method((2, 4, 8, 16), training_free(best_of_n)),
+    "classifier guidance": Method((0.5, 1, 2, 4), with_noisy_classifier, fit_noisy_classifier, priced=True),
+    "DRaFT-K, no KL": Method((30, 60), by_rl(draft), priced=True),
+    "DDPO, no KL": Method((30, 60), by_rl(ddpo), priced=True),
+    "TDS": Method((1,), training_free(tds)),
+    "TFG": Method((0.1, 0.3), training_free(tfg)),
+}

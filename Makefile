@@ -1,4 +1,4 @@
-.PHONY: quality style test slow
+.PHONY: quality style test slow bench bench-smoke
 
 CODE = diffusers_ctrl training tests benchmarks docs setup.py
 
@@ -19,3 +19,24 @@ test:
 # The long checks only; this -m replaces the one in pyproject.toml.
 slow:
 	python -m pytest -q -m slow
+
+# Everything of benchmarks/ that report.py renders. Hours on two cores; what is in benchmarks/results/ already is not run again.
+bench:
+	python benchmarks/peers.py
+	python benchmarks/sample_efficiency.py
+	python benchmarks/ablations.py
+	python benchmarks/time_to_gap.py
+	python benchmarks/step_time.py
+	python benchmarks/report.py
+
+# The same at toy size, to see that it runs: minutes. Writes to runs/.
+SMOKE = runs/bench-smoke
+bench-smoke:
+	rm -rf $(SMOKE)
+	python benchmarks/peers.py --smoke --settings stroke --seeds 0 --runs $(SMOKE) --results $(SMOKE)/peers
+	python benchmarks/peers.py --smoke --settings stroke-slant --seeds 0 --only base CTRL "classifier guidance" --runs $(SMOKE) --results $(SMOKE)/peers
+	python benchmarks/sample_efficiency.py --smoke --results $(SMOKE)/sample_efficiency
+	python benchmarks/ablations.py --smoke --results $(SMOKE)/ablations
+	python benchmarks/time_to_gap.py --smoke --results $(SMOKE)/time_to_gap
+	python benchmarks/step_time.py --smoke --output $(SMOKE)/step_time.json
+	python benchmarks/report.py --check

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from baselines import best_of_n, cfg_finetune, classifier_guidance, ddpo, dps, draft, mpgd, tds, tfg
+from baselines import best_of_n, cfg_finetune, classifier_guidance, ddpo, dps, draft, mpgd, tfg
 from baselines.base import Base, Labelled
 from exact_reference import Reference
 
@@ -63,6 +63,12 @@ class Method:
 
 def training_free(module: Any) -> Callable[[Setting, Any, float], Draw]:
     return lambda s, _, weight: lambda y, prompts, g: module.sample(s.base, s.likelihood, y, prompts, g, weight=weight)
+
+
+def with_tds(s: Setting, _: None, weight: float) -> Draw:
+    from baselines import tds  # needs azula, which not everybody who runs the others has
+
+    return training_free(tds)(s, None, weight)
 
 
 def fit_noisy_classifier(s: Setting) -> Any:
@@ -131,6 +137,6 @@ METHODS = {
     "classifier guidance": Method((0.5, 1, 2, 4), with_noisy_classifier, fit_noisy_classifier, priced=True),
     "DRaFT-K, no KL": Method((30, 60), by_rl(draft), priced=True),
     "DDPO, no KL": Method((30, 60), by_rl(ddpo), priced=True),
-    "TDS": Method((1,), training_free(tds)),
+    "TDS": Method((1,), with_tds),
     "TFG": Method((0.1, 0.3), training_free(tfg)),
 }

@@ -16,6 +16,7 @@ own, which is timed before and after; seconds of training.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import sys
 import time
@@ -208,6 +209,9 @@ def main(arguments: list[str] | None = None) -> None:
     if args.smoke:
         args.outputs = args.validation = 20
         args.base_samples = 300
+    if "TDS" in args.only and importlib.util.find_spec("azula") is None:
+        print("TDS is left out: it needs azula, which benchmarks/README.md says how to install.")
+        args.only.remove("TDS")
     cache = args.runs / f"base-samples-{args.base_samples}.pt"
     for name, seed in [(name, seed) for seed in args.seeds for name in args.settings]:
         folder = args.results / f"{name}-seed{seed}"

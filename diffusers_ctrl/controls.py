@@ -14,7 +14,17 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .calls import CallWatch
-from .injection import LabelInput, add_label_hook, load_lora_state_dict, lora_chosen, lora_layers, remove_label_hook, remove_lora
+from .injection import (
+    LabelInput,
+    add_label_hook,
+    load_lora_state_dict,
+    lora_chosen,
+    lora_layers,
+    merged_weights,
+    remove_label_hook,
+    remove_lora,
+    weights_replaced,
+)
 from .replay import first, with_first
 
 
@@ -55,6 +65,14 @@ class StrengthHook(ModelHook):
         self.watch: CallWatch | None = None
         self.keeps_base = False
         self.base_output: torch.Tensor | None = None
+        self._merged: dict[str, dict[nn.Module, torch.Tensor] | None] = {}
+
+    def begin(self, active: tuple[Active, ...], watch: CallWatch) -> None:
+        """A pipeline's call begins: these adapters are on until `end`, and their weights do not change."""
+        self.active, self.watch = active, watch
+
+    def end(self) -> None:
+        self.active, self.watch, self._merged = (), None, {}
 
     def new_forward(self, module: nn.Module, *args, **kwargs):
         if not self.active:
@@ -99,11 +117,22 @@ class StrengthHook(ModelHook):
         label = one.control.label
         if any(given):
             label.embedding, label.guided = one.embedding, given
+        sample = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        weights, name = self._weights(one.control.name, sample.device), one.control.name
         try:
-            with lora_chosen(self.layers, self.controls, one.control.name):
+            # merged, a tuned call costs what the base's does; a small model would spend a quarter more on LoRA's products
+            with weights_replaced(weights or {}), lora_chosen(self.layers, self.controls, None if weights else name):
                 return self.fn_ref.original_forward(*args, **kwargs)
         finally:
             label.embedding = None
+
+    def _weights(self, name: str, device: torch.device) -> dict[nn.Module, torch.Tensor] | None:
+        """`merged_weights` of an adapter, computed once a pipeline's call; None where gradients are wanted of LoRA's own."""
+        if torch.is_grad_enabled():
+            return None
+        if name not in self._merged:
+            self._merged[name] = merged_weights(self.layers, self.controls, name, device)
+        return self._merged[name]
 
     def _check_recorded(self, given: tuple[bool, ...], sample: torch.Tensor) -> None:
         """particles.PathRecorder undoes one kind of guidance; for another its weights would be wrong."""

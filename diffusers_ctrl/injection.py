@@ -277,3 +277,45 @@ def lora_chosen(layers: Sequence[BaseTunerLayer], names: Collection[str], chosen
     finally:
         for layer, (active, disabled) in zip(layers, before, strict=True):
             layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+MERGED_BYTES = (
+    2**28
+)  # of the copy that `merged_weights` makes; beyond that a model is large, and two small products beside each large one are cheap
+
+
+@torch.no_grad()
+def merged_weights(
+    layers: Sequence[LoraLayer], names: Collection[str], chosen: str, device: torch.device
+) -> dict[nn.Module, torch.Tensor] | None:
+    """W + BA of the layers on which `lora_chosen` would leave this adapter alone, by the module that holds W.
+
+    None where that is not a plain copy in float32: half precision would round BA away, weights elsewhere than on `device` are moved layer
+    by layer by an offloading hook, and other adapters may be switched while the copy is in use.
+    """
+    found: dict[nn.Module, torch.Tensor] = {}
+    for layer in layers:
+        if not layer._disable_adapters and any(n not in names and n in layer.lora_A for n in layer.active_adapters):
+            return None
+        if chosen in layer.lora_A:
+            module = layer.get_base_layer()
+            if module.weight.dtype != torch.float32 or module.weight.device != device:
+                return None
+            found[module] = module.weight
+    if not found or sum(weight.nbytes for weight in found.values()) > MERGED_BYTES:
+        return None
+    deltas = {layer.get_base_layer(): layer.get_delta_weight(chosen) for layer in layers if chosen in layer.lora_A}
+    return {module: weight.detach() + deltas[module] for module, weight in found.items()}
+
+
+@contextmanager
+def weights_replaced(weights: dict[nn.Module, torch.Tensor]) -> Iterator[None]:
+    """Runs the block with other weights in these modules; the parameters themselves are not touched."""
+    before = {module: module._parameters["weight"] for module in weights}
+    for module, weight in weights.items():
+        module._parameters["weight"] = weight
+    try:
+        yield
+    finally:
+        for module, weight in before.items():
+            module._parameters["weight"] = weight

@@ -164,7 +164,7 @@ def sample(
     while True:
         restore = _random_states(kwargs.get("generator"))
         with CallWatch(pipe.scheduler, samples, options, roles) as watch:
-            hook.active, hook.watch = active, watch
+            hook.begin(active, watch)
             try:
                 output = call(**kwargs)
             except GuidanceFound:
@@ -172,7 +172,7 @@ def sample(
                 restore()
                 continue
             finally:
-                hook.active, hook.watch = (), None
+                hook.end()
         if roles.get((0, 1), (True,)) == (True,):  # a first call without the condition has that meaning only if a second follows
             pipe._ctrl_roles.update(roles)
         return output

@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline
+from peft import LoraConfig
 from PIL import Image
 
-from diffusers_ctrl import Categorical, Classifier, CTRLPipeline, LabelEncoder, LabelSpace
+from diffusers_ctrl import Categorical, Classifier, CTRLPipeline, LabelEncoder, LabelSpace, controls, injection
 from diffusers_ctrl.adapters import load_adapter, save_adapter
 
 
@@ -769,3 +770,46 @@ def test_ddpm_saved_whole_loads_in_plain_diffusers(ddpm, ddpm_folder, tmp_path):
     assert torch.equal(draw_ddpm(other, num_inference_steps=4), draw_ddpm(plain, num_inference_steps=4))
     again = CTRLPipeline.from_pretrained(tmp_path / "whole")
     assert torch.equal(draw_ddpm(again, label="bold"), draw_ddpm(ddpm, label="bold"))
+
+
+def merged_calls(pipe, monkeypatch):
+    """What `merged_weights` gave, call by call."""
+    found = []
+    real = controls.merged_weights
+
+    def watched(*args):
+        found.append(real(*args))
+        return found[-1]
+
+    monkeypatch.setattr(controls, "merged_weights", watched)
+    return found
+
+
+def test_a_call_merges_the_adapter_once(pipe, plain, monkeypatch):
+    """Same picture as with LoRA beside the weights, merged once a call, nothing left behind."""
+    found = merged_calls(pipe, monkeypatch)
+    merged = draw(pipe, label="bold")
+    assert len(found) == 1 and found[0]
+    monkeypatch.setattr(injection, "MERGED_BYTES", 0)
+    beside = draw(pipe, label="bold")
+    assert len(found) == 2 and found[1] is None
+    assert 0 < (merged - beside).abs().max() < 1e-4 < (merged - draw_base(plain)).abs().max()
+    assert pipe._ctrl_hook._merged == {} and torch.equal(draw_base(pipe), draw_base(plain))
+
+
+def test_weights_that_others_may_change_are_not_merged(pipe, monkeypatch):
+    """A user's own LoRA on the same layers, weights of half precision, and a call that wants gradients."""
+    layer = pipe._ctrl_hook.layers[0]
+    layers, names, cpu = pipe._ctrl_hook.layers, pipe._ctrl_controls, torch.device("cpu")
+    assert injection.merged_weights(layers, names, "default", cpu)
+    assert injection.merged_weights(layers, names, "default", torch.device("meta")) is None
+    weight = layer.get_base_layer().weight
+    monkeypatch.setattr(weight, "data", weight.data.bfloat16())
+    assert injection.merged_weights(layers, names, "default", cpu) is None
+    monkeypatch.undo()
+    with torch.enable_grad():
+        assert pipe._ctrl_hook._weights("default", cpu) is None
+    layer.update_layer("mine", 4, lora_alpha=4, config=LoraConfig(r=4, lora_alpha=4))
+    layer.set_adapter(["mine"])
+    assert injection.merged_weights(layers, names, "default", cpu) is None
+    layer.delete_adapter("mine")

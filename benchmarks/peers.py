@@ -33,7 +33,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "training")]
 from baselines.base import Labelled, encode, open_base  # noqa: E402
 from exact_reference import distances, make_reference, small  # noqa: E402
-from peer_methods import METHODS, Draw, Method, Setting  # noqa: E402
 
 import train_ctrl  # noqa: E402
 from diffusers_ctrl.accuracy import agreement  # noqa: E402
@@ -42,6 +41,7 @@ from diffusers_ctrl.labels import label_grid  # noqa: E402
 from digits_data import digit_oracle  # noqa: E402
 from evaluate import adapter_environment  # noqa: E402
 from likelihood import labelled_images, write_datasets  # noqa: E402
+from peer_methods import METHODS, Draw, Method, Setting  # noqa: E402
 from records import RESULTS, provenance, write_json  # noqa: E402
 from task import attribute_oracle, parse_arguments  # noqa: E402
 

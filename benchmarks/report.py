@@ -152,12 +152,66 @@ def step_time() -> str:
     return table(header, lines) + "\n\n" + about
 
 
+# -- the README's own tables --
+
+
+def pm(metrics: dict[str, Any], key: str, digits: int = 3) -> str:
+    return f"{metrics[key]:.{digits}f} ± {metrics[key + '_se']:.{digits}f}"
+
+
+def digits_stroke() -> str:
+    """The main command's seeds, and the shipped adapter."""
+    lines = []
+    for name, file in (
+        ("the command above, γ = 1, seed 0", "digits-stroke-seed0"),
+        ("seed 1", "digits-stroke-seed1"),
+        ("seed 2, on two cores, fresh clone", "digits-stroke-seed2"),
+        ("the shipped `digits-stroke` (γ from 0.5 to 4, `digits_stroke_gamma.yaml`, seed 0) at γ = 1", "digits-stroke-shipped"),
+    ):
+        m = json.loads((RESULTS / f"{file}.json").read_text())
+        cells = [
+            pm(m, "accuracy"),
+            f"{m['exact_accuracy']:.3f}",
+            f"{m['prompt_accuracy']:.3f}",
+            pm(m, "gap", 2),
+            pm(m, "gap_from_base", 2),
+        ]
+        lines.append([name, *cells, f"{m['updates']}", f"{m['seconds_train'] / 60:.0f}"])
+    m = json.loads((RESULTS / "digits-stroke-seed0.json").read_text())
+    header = [
+        "",
+        f"label accuracy (base {m['base_accuracy']:.2f})",
+        "exact law's own",
+        f"digit as prompted (base {m['base_prompt_accuracy']:.3f})",
+    ]
+    return table([*header, "gap, weights", "gap, base samples", "updates", "minutes of training"], lines)
+
+
+def digits_stroke_gamma() -> str:
+    """The shipped adapter at each gamma."""
+    m = json.loads((RESULTS / "digits-stroke-shipped.json").read_text())
+    lines = []
+    for gamma in sorted({float(key.removeprefix("by_gamma.").rsplit(".", 1)[0]) for key in m if key.startswith("by_gamma.")}):
+        own = {key.removeprefix(f"by_gamma.{gamma:g}."): value for key, value in m.items()}
+        cells = [
+            pm(own, "accuracy"),
+            f"{own['exact_accuracy']:.3f}",
+            pm(own, "kl", 2),
+            pm(own, "gap", 2),
+            pm(own, "gap_from_base", 2),
+        ]
+        lines.append([f"γ = {gamma:g}", *cells])
+    return table(["the shipped adapter at", "label accuracy", "exact law's own", "KL", "gap, weights", "gap, base samples"], lines)
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     **{
         f"peers-{setting}": (lambda setting=setting: peers_table(setting))
         for setting in ("stroke", "slant", "jpeg", "stroke-slant")
     },
     "step-time": step_time,
+    "digits-stroke": digits_stroke,
+    "digits-stroke-gamma": digits_stroke_gamma,
 }
 
 

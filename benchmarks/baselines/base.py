@@ -90,7 +90,7 @@ class Base:
             own = self.step(x, self.clean(x, k, prompts), k)
         apart = (mean - own.mean).square().flatten(1).sum(dim=1)
         if own.is_deterministic:
-            self.kl = self.kl + torch.where(apart > 1e-6 * own.mean.square().flatten(1).sum(dim=1), torch.inf, 0.0)
+            self.kl = self.kl + torch.where(apart > 1e-10 * own.mean.square().flatten(1).sum(dim=1), torch.inf, 0.0)
         else:
             self.kl = self.kl + apart / (2 * torch.as_tensor(own.std).flatten()[0] ** 2)
 

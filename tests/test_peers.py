@@ -1,0 +1,141 @@
+"""benchmarks/peers.py and report.py: the price of a step, how a weight is chosen, one JSON a method, and pages that are what their results say."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from torch.distributions import Normal, kl_divergence
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from baselines import dps, mpgd
+from baselines.base import open_base
+from exact_reference import distance, histogram, to_cells
+
+import peers
+import report
+from diffusers_ctrl.adapters import load_adapter, resolve_folder
+from digits_data import PROMPTS
+
+
+SPEC = importlib.util.spec_from_file_location("benchmarks_report", Path(peers.__file__).with_name("report.py"))
+report = importlib.util.module_from_spec(SPEC)  # training/ has a report.py too
+SPEC.loader.exec_module(report)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return open_base(DiffusionPipeline.from_pretrained(resolve_folder("digits-base")), list(PROMPTS), 4)
+
+
+def test_the_price_of_a_step_is_its_kl_to_the_bases(base):
+    generator, prompts = torch.Generator().manual_seed(0), torch.arange(3)
+    x = base.start(3, generator)
+    with torch.no_grad():
+        own = base.step(x, base.clean(x, 1, prompts), 1)
+    mean = own.mean + 0.1 * torch.randn(x.shape, generator=generator)
+    expected = kl_divergence(Normal(mean, own.std), Normal(own.mean, own.std)).flatten(1).sum(dim=1)
+    before = base.calls.copy()
+    with base.pricing(3):
+        base.price(mean, x, 1, prompts)
+        torch.testing.assert_close(base.kl, expected, rtol=1e-4, atol=1e-4)
+        base.price(own.mean, x, 1, prompts)
+        torch.testing.assert_close(base.kl, expected, rtol=1e-4, atol=1e-4)
+    assert base.kl is None and base.calls == before
+
+
+def test_only_laws_that_the_base_covers_have_a_finite_price(base):
+    """DPS moves noisy steps only; MPGD also the last one, which has no noise."""
+    classifier = load_adapter(resolve_folder("digits-stroke")).classifier.eval().requires_grad_(False)
+    for module, weight, finite in ((dps, 0.5, True), (mpgd, 0.02, False)):
+        with base.pricing(2):
+            module.sample(
+                base, classifier.log_prob, torch.tensor([2.0]), torch.arange(2), torch.Generator().manual_seed(0), weight=weight
+            )
+            assert (base.kl > 0).all() and base.kl.isfinite().all() == finite
+
+
+def test_cells_of_two_attributes():
+    edges = (torch.tensor([0.0]), torch.tensor([0.0, 1.0]))
+    cells = to_cells(torch.tensor([0, 2]), [torch.tensor([-1.0, 1.0]), torch.tensor([0.5, 2.0])], edges)
+    assert cells.tolist() == [1, 2 * 6 + 1 * 3 + 2]
+    p = histogram(cells, torch.tensor([1.0, 3.0], dtype=torch.float64), 60)
+    assert p[1] == 0.25 and distance(p, p) == 0 and distance(p, p.roll(1)) == 1
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("peers")
+    only = ["--smoke", "--settings", "stroke", "--seeds", "0", "--runs", str(folder / "runs"), "--results", str(folder / "results")]
+    peers.main([*only, "--only", "base", "CTRL"])
+    return folder, only
+
+
+def test_one_json_a_method_and_none_twice(smoke):
+    folder, only = smoke
+    paths = sorted((folder / "results" / "stroke-seed0").glob("*.json"))
+    assert [path.name for path in paths] == ["CTRL.json", "base.json"]
+    times = [path.stat().st_mtime_ns for path in paths]
+    peers.main([*only, "--only", "base", "CTRL"])
+    assert [path.stat().st_mtime_ns for path in paths] == times
+    for path in paths:
+        record = json.loads(path.read_text())
+        (row,) = record["rows"]
+        assert record["method"] == path.stem and record["labels"] == 3 and row["tuned_for"] == "both"
+        assert row["worst_label"] == min(row["by_label"]) and len(row["by_label"]) == 3
+        assert row["accuracy"] == pytest.approx(sum(row["by_label"]) / 3) and row["forward_calls"] == 4
+        assert row["kl"] >= 0 and row["gap"] > -3 * row["gap_se"]
+    assert json.loads(paths[1].read_text())["rows"][0]["kl"] == 0
+
+
+def test_the_weight_is_tuned_for_each_aim_by_its_own_figure(smoke, monkeypatch):
+    """Distances and classifier accuracies of three made-up weights: the nearest, and the most accurate."""
+    folder, _ = smoke
+    found = {1.0: (0.2, 0.8), 2.0: (0.3, 0.9), 3.0: (0.4, 0.7)}
+    monkeypatch.setattr(peers, "draw_all", lambda s, draw, per_label, seed: [torch.full((4, 1), draw)])
+    monkeypatch.setattr(peers, "distances", lambda reference, row, own, generator: {"tv": found[own[0, 0].item()][0]})
+
+    class Made:
+        smoke, labels, reference = False, torch.tensor([[0.0]]), None
+
+        def likelihood(self, images, labels):
+            return torch.zeros(len(images))
+
+    method = peers.Method((1.0, 2.0, 3.0), lambda s, fitted, weight: weight)
+    best, tried = peers.tuned(Made(), method, 4, peers.tqdm(disable=True))
+    assert [one["weight"] for one in tried] == [1.0, 2.0, 3.0]
+    assert best["both"]["weight"] == 1.0  # equally accurate: the first, which is also the nearest
+
+
+# -- report --
+
+
+def test_the_pages_are_what_their_results_say():
+    report.main(["--check"])
+
+
+def test_sections_are_rendered_between_their_marks(monkeypatch):
+    monkeypatch.setitem(report.SECTIONS, "step-time", lambda: "made anew")
+    page = "a\n<!-- step-time -->\nold\n<!-- /step-time -->\nb\n<!-- not-ours -->\nkept\n<!-- /not-ours -->\n"
+    once = report.rendered(page)
+    assert once == page.replace("old", "made anew") == report.rendered(once)
+
+
+def test_seeds_are_put_together():
+    def one(seed, rows):
+        return {"method": "m", "seed": seed, "rows": rows}
+
+    near, sharp = {"tuned_for": "distance", "weight": 1}, {"tuned_for": "accuracy", "weight": 4}
+    both = {"tuned_for": "both", "weight": 2}
+    assert report.method_rows([one(0, [near, sharp]), one(1, [both])], "m") == [
+        ("distance", [near, both]),
+        ("accuracy", [sharp, both]),
+    ]
+    assert report.method_rows([one(0, [both])], "m") == [("", [both])]
+    assert report.spread([1.0, 3.0], 1) == "2.0 ± 1.0" and report.spread([1.0], 1, 0.25) == "1.0 ± 0.2"
+    assert report.span([1, 2.5]) == "1–2.5" and report.span([2]) == "2"

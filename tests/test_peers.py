@@ -18,7 +18,6 @@ from baselines.base import open_base
 from exact_reference import distance, histogram, to_cells
 
 import peers
-import report
 from diffusers_ctrl.adapters import load_adapter, resolve_folder
 from digits_data import PROMPTS
 

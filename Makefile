@@ -27,6 +27,7 @@ bench:
 	python benchmarks/ablations.py
 	python benchmarks/time_to_gap.py
 	python benchmarks/step_time.py
+	python benchmarks/label_cost.py
 	python benchmarks/report.py
 
 # The same at toy size, to see that it runs: minutes. Writes to runs/.
@@ -39,4 +40,5 @@ bench-smoke:
 	python benchmarks/ablations.py --smoke --results $(SMOKE)/ablations
 	python benchmarks/time_to_gap.py --smoke --results $(SMOKE)/time_to_gap
 	python benchmarks/step_time.py --smoke --output $(SMOKE)/step_time.json
+	python benchmarks/label_cost.py --smoke --output $(SMOKE)/label_cost.json
 	python benchmarks/report.py --check

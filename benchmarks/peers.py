@@ -47,7 +47,7 @@ from task import attribute_oracle, parse_arguments  # noqa: E402
 
 
 EXPERIMENT = Path(__file__).resolve().parent / "experiments" / "peers.yaml"
-BATCH, PRICED = 100, 100
+BATCH, PRICED = 120, 100
 TOY = {"max_updates": 2, "coarse_updates": 1, "coarse_steps": 4, "num_inference_steps": 4, "batch_size": 9, "num_labels": 90}
 TOY |= {"eval_samples": 10, "base_samples": 90, "classifier_epochs": 1, "classifier_members": 2}
 
@@ -165,7 +165,7 @@ def tuned(s: Setting, method: Method, validation: int, bar: tqdm) -> tuple[dict[
     return {"distance": by_distance, "accuracy": by_accuracy}, tried
 
 
-def base_seconds(s: Setting, n: int = BATCH) -> float:
+def base_seconds(s: Setting, n: int) -> float:
     """A sample of the base itself, now."""
     started = time.perf_counter()
     s.base.draw(torch.arange(n) % len(s.base.conditions), torch.Generator().manual_seed(0))
@@ -178,14 +178,15 @@ def rows_of(s: Setting, name: str, outputs: int, validation: int, bar: tqdm) -> 
     best, tried = tuned(s, method, validation, bar)
     for aim, chosen in best.items():
         s.base.calls.clear()
-        before, started = base_seconds(s), time.perf_counter()
+        alike = min(BATCH, outputs)  # as many at a time as the method draws
+        before, started = base_seconds(s, alike), time.perf_counter()
         s.base.calls.clear()
         images = draw_all(s, chosen["draw"], outputs, seed=2)
         seconds, count = time.perf_counter() - started, outputs * len(s.labels)
         row = {"tuned_for": aim, "weight": chosen["weight"], **judge(s, images, seed=3)}
         row |= {f"{way}_calls": s.base.calls[way] / count for way in ("forward", "backward")}
         row["seconds_a_sample"] = seconds / count
-        row["times_base"] = row["seconds_a_sample"] / ((before + base_seconds(s)) / 2)
+        row["times_base"] = row["seconds_a_sample"] / ((before + base_seconds(s, alike)) / 2)
         row["seconds_training"] = s.training_seconds if name.startswith("CTRL") else chosen["training"]
         if method.priced:
             row |= priced(s, chosen["draw"], 10 if s.smoke else PRICED, seed=4)

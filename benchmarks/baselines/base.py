@@ -120,9 +120,9 @@ def encode(base: Base, images: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts) * vae.config.scaling_factor
 
 
-def noised(base: Base, clean: torch.Tensor, t: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clean latents taken to timestep t, and what the denoiser should answer there."""
-    alpha2 = base.sampler.scheduler.alphas_cumprod[t]
+def noised(base: Base, clean: torch.Tensor, t: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clean latents (n, *) taken to timesteps t (n,), and what the denoiser should answer there."""
+    alpha2 = base.sampler.scheduler.alphas_cumprod[t].view(-1, *[1] * (clean.ndim - 1))
     alpha, sigma = alpha2.sqrt(), (1 - alpha2).sqrt()
     noise = torch.randn(clean.shape, generator=generator)
     return alpha * clean + sigma * noise, alpha * noise - sigma * clean if base.predicts_v else noise

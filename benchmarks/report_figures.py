@@ -1,0 +1,59 @@
+"""The figures that report.py draws from results/."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import matplotlib
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+from records import save_figure  # noqa: E402
+from report_tables import aim_row, read  # noqa: E402
+
+
+def plot_sample_efficiency(path: Path) -> None:
+    found = read("sample_efficiency")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
+    for method, name in (("ctrl", "CTRL"), ("cfg", "CFG fine-tuning")):
+        own = [one for one in found if one["method"] == method]
+        counts = sorted({one["num_labels"] for one in own})
+        for axis, key, style, aim, what in (
+            (axes[0], "accuracy", "o-", "accuracy", "tuned"),
+            (axes[0], "accuracy", "o:", "plain", "plain"),
+            (axes[1], "tv", "o-", "distance", "tuned"),
+            (axes[1], "tv", "o:", "plain", "plain"),
+        ):
+            rows = [[aim_row(one, aim) for one in own if one["num_labels"] == count] for count in counts]
+            means = [statistics.mean(row[key] for row in group) for group in rows]
+            errors = [group[0][f"{key}_se"] / len(group) ** 0.5 for group in rows]
+            color = "C0" if method == "ctrl" else "C1"
+            axis.errorbar(counts, means, errors, fmt=style, color=color, ms=4, capsize=3, label=f"{name}, {what}")
+    floor = statistics.mean(row["tv_floor"] for one in found for row in one["rows"])
+    axes[1].axhline(floor, color="gray", lw=0.8, ls="--", label="exact draws")
+    axes[0].set(ylabel="accuracy by the exact oracle")
+    axes[1].set(ylabel="total variation to the truth")
+    for axis in axes:
+        axis.set(xlabel="labelled images", xscale="log")
+        axis.set_xticks([50, 100, 200, 400, 800, 1600], ["50", "100", "200", "400", "800", "1600"], minor=False)
+        axis.minorticks_off()
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
+def plot_time_to_gap(path: Path) -> None:
+    figure, axis = plt.subplots(figsize=(7, 4))
+    for one in read("time_to_gap"):
+        seconds, gap, error = zip(*((p["seconds"], p["gap"], p["gap_se"]) for p in one["curve"]), strict=True)
+        axis.errorbar(seconds, gap, error, fmt="o-", ms=4, capsize=3, label=one["variant"])
+    axis.set(xlabel="CPU seconds of training, one thread", ylabel="gap: log Z (base samples) − J (nats)", yscale="log")
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
+FIGURES = {"sample_efficiency": plot_sample_efficiency, "time_to_gap": plot_time_to_gap}

@@ -1,0 +1,313 @@
+"""The tables that report.py makes of results/, as Markdown."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from records import RESULTS
+
+
+EXPERIMENTS = Path(__file__).resolve().parent / "experiments"
+
+
+def read(folder: str) -> list[dict[str, Any]]:
+    """The results of results/FOLDER/, in order of name."""
+    return [json.loads(path.read_text()) for path in sorted((RESULTS / folder).rglob("*.json"))]
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def spread(values: Sequence[float], digits: int = 3, own: float | None = None) -> str:
+    """Mean ± standard error: over seeds where there are several, the one's own else."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else own
+    return f"{statistics.mean(values):.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+
+
+def span(values: Iterable[float]) -> str:
+    low, high = min(values := list(values)), max(values)
+    return f"{low:g}" if low == high else f"{low:g}–{high:g}"
+
+
+# -- peers: tables 1 and 2 --
+
+
+def method_rows(found: list[dict[str, Any]], method: str) -> list[tuple[str, list[dict[str, Any]]]]:
+    """(what it is tuned for, its rows over seeds): one for both aims where all seeds agree."""
+    own = [one for one in found if one["method"] == method]
+    aims = {
+        aim: [next(row for row in one["rows"] if row["tuned_for"] in (aim, "both")) for one in own]
+        for aim in ("distance", "accuracy")
+    }
+    if aims["distance"] == aims["accuracy"]:
+        return [("", aims["distance"])]
+    return list(aims.items())
+
+
+def peers_table(setting: str) -> str:
+    found = [one for one in read("peers") if one["setting"] == setting]
+    if not found:
+        return "Not run yet."
+    order = list(
+        dict.fromkeys(one["method"] for one in sorted(found, key=lambda one: best_accuracy(found, one["method"]), reverse=True))
+    )
+    lines = []
+    for method in order:
+        for aim, rows in method_rows(found, method):
+
+            def column(key: str, digits: int, rows: list[dict[str, Any]] = rows, scale: float = 1.0) -> str:
+                values = [scale * row[key] for row in rows if key in row]
+                return spread(values, digits, rows[0].get(f"{key}_se")) if len(values) == len(rows) else "–"
+
+            calls = f"{rows[0]['forward_calls']:.0f}" + (f" + {rows[0]['backward_calls']:.0f}" if rows[0]["backward_calls"] else "")
+            lines.append(
+                [
+                    f"**{method}**" if method.startswith("CTRL") else method,
+                    f"{span(row['weight'] for row in rows)}" + (f" ({aim})" if aim else ""),
+                    column("accuracy", 3),
+                    column("macro_f1", 3),
+                    column("worst_label", 2),
+                    column("prompt_accuracy", 3),
+                    column("tv", 3),
+                    column("mmd2", 2, scale=1000),
+                    column("gap", 2),
+                    column("diversity", 2),
+                    calls,
+                    column("times_base", 1),
+                    f"{statistics.mean(row['seconds_training'] for row in rows):.0f}",
+                ]
+            )
+    floors = [row for one in found for row in one["rows"]]
+    seeds = {method: sorted({one["seed"] for one in found if one["method"] == method}) for method in order}
+    about = [
+        f"Seeds {', '.join(map(str, seeds[order[0]]))}"
+        + "".join(f"; {method}: {', '.join(map(str, own))}" for method, own in seeds.items() if own != seeds[order[0]])
+        + f". {found[0]['outputs']} images a label ({found[0]['labels']} labels), {found[0]['validation']} for each weight tried.",
+        f"Exact draws would show TV {statistics.mean(row['tv_floor'] for row in floors):.3f} and MMD² "
+        f"{1000 * statistics.mean(row['mmd2_floor'] for row in floors):.2f}e-3 (its mean size; its mean is 0).",
+    ]
+    header = [
+        "method",
+        "weight (tuned for)",
+        "accuracy",
+        "macro-F1",
+        "worst label",
+        "digit",
+        "TV",
+        "MMD², 1e-3",
+        "gap, nats",
+        "diversity",
+    ]
+    header += ["calls a sample", "× base's time", "training, s"]
+    return "\n".join([table(header, lines), "", *about])
+
+
+def best_accuracy(found: list[dict[str, Any]], method: str) -> float:
+    return statistics.mean(max(row["accuracy"] for row in one["rows"]) for one in found if one["method"] == method)
+
+
+# -- labels, ablations, time --
+
+
+def aim_row(record: dict[str, Any], aim: str) -> dict[str, Any]:
+    return next(row for row in record["rows"] if aim in row["tuned_for"])
+
+
+def sample_efficiency() -> str:
+    found = read("sample_efficiency")
+    if not found:
+        return "Not run yet."
+    lines = []
+    for count in sorted({one["num_labels"] for one in found}):
+        for method, name in (("ctrl", "**CTRL**"), ("cfg", "CFG fine-tuning")):
+            own = [one for one in found if (one["num_labels"], one["method"]) == (count, method)]
+            if not own:
+                continue
+            cells = []
+            for aim, key, digits in (
+                ("plain", "accuracy", 3),
+                ("accuracy", "accuracy", 3),
+                ("plain", "tv", 3),
+                ("distance", "tv", 3),
+            ):
+                rows = [aim_row(one, aim) for one in own]
+                cells.append(spread([row[key] for row in rows], digits, rows[0][f"{key}_se"]))
+            rows = [aim_row(one, "distance") for one in own]
+            cells += [spread([1000 * row["mmd2"] for row in rows], 2, 1000 * rows[0]["mmd2_se"])]
+            cells += [f"{statistics.mean(row['prompt_accuracy'] for row in rows):.3f}"]
+            seconds = statistics.mean(
+                one["seconds_training"] + (one["seconds_classifier"] if method == "ctrl" else 0) for one in own
+            )
+            lines.append([str(count), name, *cells, f"{seconds:.0f}"])
+    header = [
+        "labels",
+        "",
+        "accuracy, plain",
+        "accuracy, tuned",
+        "TV, plain",
+        "TV, tuned",
+        "MMD², 1e-3, tuned for TV",
+        "digit",
+        "training, s",
+    ]
+    floor = statistics.mean(row["tv_floor"] for one in found for row in one["rows"])
+    about = f"Seeds {', '.join(map(str, sorted({one['seed'] for one in found})))}; {found[0]['outputs']} images a label. Exact draws of the truth: TV {floor:.3f}."
+    return table(header, lines) + "\n\n" + about
+
+
+def ablations() -> str:
+    found = read("ablations")
+    if not found:
+        return "Not run yet."
+    order, lines = list(yaml.safe_load((EXPERIMENTS / "ablations.yaml").read_text())["variants"]), []
+    for one in sorted(found, key=lambda one: (order.index(one["variant"]), one["seed"])):
+        m, own = one["metrics"], one["classifier"]
+        bound = " (lower bound)" if m["gap_from_base_is_lower_bound"] else ""
+        cells = [
+            pm(m, "accuracy"),
+            f"{m['exact_accuracy']:.3f}",
+            pm(m, "kl", 2),
+            pm(m, "objective", 2),
+            pm(m, "gap_from_base", 2) + bound,
+        ]
+        lines.append([one["variant"], *cells, f"{own['unseen_nll']:.3f}", str(one["updates"])])
+    header = ["", "accuracy", "exact law's own", "KL", "J", "gap, base samples", "classifier's NLL, unseen digits", "updates"]
+    about = f"{found[0]['seconds_asked']:g} CPU seconds of training each, one thread, seed {found[0]['seed']}."
+    return table(header, lines) + "\n\n" + about
+
+
+def time_to_gap() -> str:
+    found = read("time_to_gap")
+    if not found:
+        return "Not run yet."
+    levels, lines = list(found[0]["thresholds"]), []
+    for one in found:
+        last, seconds = one["curve"][-1], one["seconds"]
+        reached = ["–" if value is None else f"{value:.0f}" for value in one["thresholds"].values()]
+        lines.append(
+            [
+                one["variant"],
+                *reached,
+                f"{last['gap']:.2f} ± {last['gap_se']:.2f}",
+                f"{last['accuracy']:.3f}",
+                f"{seconds:.0f}",
+                str(one["updates"]),
+            ]
+        )
+    header = ["", *[f"{level} nats" for level in levels], "gap at the end", "accuracy", "seconds", "updates"]
+    return table(header, lines) + f"\n\nCPU seconds of one thread, seed {found[0]['seed']}; –: not within the seconds of that row."
+
+
+# -- what an update costs --
+
+
+def step_time() -> str:
+    path = RESULTS / "step_time_tiny.json"
+    if not path.exists():
+        return "Not run yet."
+    record = json.loads(path.read_text())
+    lines = []
+    for row in record["rows"]:
+        ratios = [f"{row[key]:.2f}" if key in row else "–" for key in ("time_over_official", "time_over_sampling")]
+        memory = [f"{row['mib']:.0f}", f"{row['memory_over_official']:.2f}" if "memory_over_official" in row else "–"]
+        lines.append([row["name"], str(row["steps"]), f"{row['seconds']:.2f}", *ratios, *memory, f"{row['rows']:.0f}"])
+    header = [
+        "",
+        "steps",
+        "seconds",
+        "of the official algorithm's",
+        "times sampling",
+        "MiB above the model",
+        "of the official's",
+        "U-Net rows",
+    ]
+    about = f"{record['threads']} threads, median of {record['rounds']} rounds of {record['repeats']} updates, commit {record['commit'][:7]}."
+    return table(header, lines) + "\n\n" + about
+
+
+def label_cost() -> str:
+    record = json.loads((RESULTS / "label_cost.json").read_text())
+    rows = []
+    for name, what in (
+        ("labelled", "a labelled call"),
+        ("unmerged", "the same with LoRA beside the weights, as plain diffusers runs it"),
+    ):
+        ratio = record[f"{name}_over_plain"]
+        rows.append([what, f"{ratio['median']:.2f}", f"{ratio['quartiles'][0]:.2f}–{ratio['quartiles'][1]:.2f}"])
+    about = f"{record['pairs']} pairs of calls of {record['images']} images, {record['threads']} thread."
+    return table(["", "times a plain call", "middle half"], rows) + "\n\n" + about
+
+
+# -- the README's own tables --
+
+
+def pm(metrics: dict[str, Any], key: str, digits: int = 3) -> str:
+    return f"{metrics[key]:.{digits}f} ± {metrics[key + '_se']:.{digits}f}"
+
+
+def digits_stroke() -> str:
+    """The main command's seeds, and the shipped adapter."""
+    lines = []
+    for name, file in (
+        ("the command above, γ = 1, seed 0", "digits-stroke-seed0"),
+        ("seed 1", "digits-stroke-seed1"),
+        ("seed 2, on two cores, fresh clone", "digits-stroke-seed2"),
+        ("the shipped `digits-stroke` (γ from 0.5 to 4, `digits_stroke_gamma.yaml`, seed 0) at γ = 1", "digits-stroke-shipped"),
+    ):
+        m = json.loads((RESULTS / f"{file}.json").read_text())
+        cells = [
+            pm(m, "accuracy"),
+            f"{m['exact_accuracy']:.3f}",
+            f"{m['prompt_accuracy']:.3f}",
+            pm(m, "gap", 2),
+            pm(m, "gap_from_base", 2),
+        ]
+        lines.append([name, *cells, f"{m['updates']}", f"{m['seconds_train'] / 60:.0f}"])
+    m = json.loads((RESULTS / "digits-stroke-seed0.json").read_text())
+    header = [
+        "",
+        f"label accuracy (base {m['base_accuracy']:.2f})",
+        "exact law's own",
+        f"digit as prompted (base {m['base_prompt_accuracy']:.3f})",
+    ]
+    return table([*header, "gap, weights", "gap, base samples", "updates", "minutes of training"], lines)
+
+
+def digits_stroke_gamma() -> str:
+    """The shipped adapter at each gamma."""
+    m = json.loads((RESULTS / "digits-stroke-shipped.json").read_text())
+    lines = []
+    for gamma in sorted({float(key.removeprefix("by_gamma.").rsplit(".", 1)[0]) for key in m if key.startswith("by_gamma.")}):
+        own = {key.removeprefix(f"by_gamma.{gamma:g}."): value for key, value in m.items()}
+        cells = [
+            pm(own, "accuracy"),
+            f"{own['exact_accuracy']:.3f}",
+            pm(own, "kl", 2),
+            pm(own, "gap", 2),
+            pm(own, "gap_from_base", 2),
+        ]
+        lines.append([f"γ = {gamma:g}", *cells])
+    return table(["the shipped adapter at", "label accuracy", "exact law's own", "KL", "gap, weights", "gap, base samples"], lines)
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    **{
+        f"peers-{setting}": (lambda setting=setting: peers_table(setting))
+        for setting in ("stroke", "slant", "jpeg", "stroke-slant")
+    },
+    "sample-efficiency": sample_efficiency,
+    "ablations": ablations,
+    "time-to-gap": time_to_gap,
+    "step-time": step_time,
+    "label-cost": label_cost,
+    "digits-stroke": digits_stroke,
+    "digits-stroke-gamma": digits_stroke_gamma,
+}

@@ -26,25 +26,19 @@ numbers from `generator` are rows' own; what is drawn once for a whole batch (`r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
+from .adjoints import Targets, differentiable, final_adjoint, solved
 from .experience import Experience, LogLikelihood, checked, collect
-from .paths import Path, StepLosses, backwards, gradients, scales_losses, walk
+from .paths import StepLosses, backwards, gradients, scales_losses, walk
 from .policy import Policy
 from .randomness import RandomSource
 from .rollouts import Batch, Sampler, base_transition, rollout, tuned_transition
-from .transitions import Transition
 
 
 Metrics = dict[str, float]
-
-
-def _differentiable(reward: torch.Tensor, name: str) -> torch.Tensor:
-    if not reward.requires_grad:
-        raise ValueError(f"{name} needs the gradient of the log-likelihood, and this scorer has none: use policy_gradient.")
-    return reward
 
 
 def _metrics(reward: torch.Tensor, kl: torch.Tensor, batch: Batch) -> Metrics:
@@ -78,7 +72,7 @@ def direct_backprop(
     if policy.checkpointing and not scales_losses(batch.noise):
         return _recomputed_backprop(policy, sampler, batch, log_likelihood, generator, truncation or steps)
     trajectory = rollout(policy, sampler, batch, generator, grad_steps=truncation or steps)
-    reward = _differentiable(checked(log_likelihood(trajectory.sample, batch.labels)), "direct_backprop")
+    reward = differentiable(checked(log_likelihood(trajectory.sample, batch.labels)), "direct_backprop")
     loss = (trajectory.kl - batch.gamma.to(reward) * reward).mean()
     return loss, _metrics(reward, trajectory.kl, batch)
 
@@ -93,7 +87,7 @@ def _recomputed_backprop(
 ) -> tuple[torch.Tensor, Metrics]:
     """The same loss and gradient, a_k = ∂(−J)/∂x_k carried backwards: a_k = (∂x_{k+1}/∂x_k)ᵀ a_{k+1} + ∂KL_k/∂x_k, on fixed noise."""
     path = walk(policy, sampler, batch, generator)
-    adjoint, reward = _final_adjoint(path.sample, batch, log_likelihood, "direct_backprop")
+    adjoint, reward = final_adjoint(path.sample, batch, log_likelihood, "direct_backprop")
     kl = torch.zeros(len(batch), dtype=torch.promote_types(path.sample.dtype, torch.float32), device=path.sample.device)
     losses = StepLosses(policy, path.sample)
     first = len(sampler.timesteps) - grad_steps
@@ -123,36 +117,6 @@ def _recomputed_backprop(
     return losses.total() / len(batch), _metrics(reward, kl, batch)
 
 
-def _final_adjoint(
-    sample: torch.Tensor, batch: Batch, log_likelihood: LogLikelihood, name: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """∂(−gamma log p̂)/∂x_K, (B, C, *), and log p̂, (B,) nats."""
-    with torch.enable_grad():
-        x = sample.detach().requires_grad_()
-        reward = _differentiable(checked(log_likelihood(x, batch.labels)), name)
-        (adjoint,) = gradients([-(batch.gamma.to(reward) * reward).sum()], [x], [None])
-    return adjoint, reward.detach()
-
-
-def lean_adjoint(
-    policy: Policy, sampler: Sampler, batch: Batch, path: Path, adjoint: torch.Tensor
-) -> Iterator[tuple[int, torch.Tensor, Transition, torch.Tensor]]:
-    """Solves the lean adjoint backwards along a trajectory, from adjoint = ∂(−gamma log p̂)/∂x_K.
-
-    Yields:
-        (k, x_k, the base's transition at x_k, adjoint_{k+1}) for k = K − 1 … 0, with adjoint_k = ∂(−gamma log p̂)/∂x_k through the base.
-    """
-    for k, x, _ in backwards(policy, sampler, batch, path):
-        x = x.detach().requires_grad_(k > 0)  # nobody asks for adjoint_0
-        following = adjoint
-        with policy.uncheckpointed(), torch.enable_grad():
-            base = base_transition(policy, sampler, batch, k, x)
-            if k > 0:
-                (adjoint,) = gradients([base.mean], [x], [following])
-        base = Transition(base.mean.detach(), base.std.detach())
-        yield k, x.detach(), base, following
-
-
 def random_steps(sampler: Sampler, count: int, generator: torch.Generator | None = None) -> list[int]:
     """A random subset of the noisy steps, by their numbers 0 … N−1."""
     total = len(sampler.noisy_steps)
@@ -169,31 +133,34 @@ def adjoint_matching(
     log_likelihood: LogLikelihood,
     generator: RandomSource = None,
     *,
+    targets: Targets | None = None,
     steps: list[int] | None = None,
 ) -> tuple[torch.Tensor, Metrics]:
     """Regression of the control on −sigma_k · adjoint[k+1]; memory does not grow with the number of steps regressed on.
 
     The gradient of each step is taken on the way back, so that memory does not grow with K (under float16 autocast it does, but for the
-    policy's `checkpointing`).
+    policy's `checkpointing`). The way back ends at the earliest step that is regressed on.
 
     Args:
+        targets: of trajectories to learn from, which an earlier policy may have drawn; fresh ones if None.
         steps: which noisy steps (0 … N−1) to regress on, all by default; the loss is scaled to stand for all. With `random_steps` it is
-            an unbiased estimate of Σ_k ½‖u_k + sigma_k adjoint_{k+1}‖², averaged over the batch.
+            an unbiased estimate of Σ_k ½‖u_k + sigma_k adjoint_{k+1}‖², averaged over the batch. Targets must have them.
     """
-    path = walk(policy, sampler, batch, generator)
-    adjoint, reward = _final_adjoint(path.sample, batch, log_likelihood, "adjoint_matching")
     noisy = sampler.noisy_steps
     chosen = noisy if steps is None else [noisy[i] for i in steps]
+    if targets is None:
+        found, reward = solved(policy, sampler, batch, log_likelihood, generator, chosen)
+    else:
+        found, reward = [target for target in targets.steps if target[0] in chosen], targets.reward
     scale = len(noisy) / len(chosen)
     losses, kl = StepLosses(policy, batch.noise), batch.noise.new_zeros(len(batch))
-    for k, x, base, next_adjoint in lean_adjoint(policy, sampler, batch, path, adjoint):
-        if k in chosen:
-            with losses.step():
-                taken = tuned_transition(policy, sampler, batch, k, x)
-                control = (taken.mean - base.mean) / taken.std.detach()
-                residual = control + taken.std.detach() * next_adjoint
-                losses.add(scale * residual.square().flatten(1).sum(1).mean() / 2)
-            kl = kl + scale * control.detach().square().flatten(1).sum(1) / 2
+    for k, x, base, next_adjoint in found:
+        with losses.step():
+            taken = tuned_transition(policy, sampler, batch, k, x)
+            control = (taken.mean - base.mean) / taken.std.detach()
+            residual = control + taken.std.detach() * next_adjoint
+            losses.add(scale * residual.square().flatten(1).sum(1).mean() / 2)
+        kl = kl + scale * control.detach().square().flatten(1).sum(1) / 2
     return losses.total(), _metrics(reward, kl, batch)
 
 

@@ -13,6 +13,7 @@ from diffusers import (
 )
 
 from diffusers_ctrl import Categorical, CTRLConfig, CTRLTrainer, LabelSpace, MemorylessFlowMatchScheduler, Policy
+from diffusers_ctrl.adjoints import collect_targets
 from diffusers_ctrl.evaluation import certificate, draw_samples
 from diffusers_ctrl.experience import Baseline, NonFiniteError, collect, less_baseline
 from diffusers_ctrl.objectives import adjoint_matching, direct_backprop, policy_gradient, random_steps
@@ -84,22 +85,22 @@ def test_ancestral_euler_has_the_gradient_of_ddim_at_eta_one(objective):
 
 def test_adjoint_paired_with_its_own_step_would_be_wrong():
     """The control of step k goes with adjoint k + 1; k is visibly another gradient, so the test above can tell them apart."""
-    from diffusers_ctrl import objectives
+    from diffusers_ctrl import adjoints
 
     policy, environment = tiny_policy(), tiny_environment()
     right = gradient(adjoint_matching, policy, environment)
-    original = objectives.lean_adjoint
+    original = adjoints.lean_adjoint
 
     def shifted(*args):
         steps = list(original(*args))
         own = [adjoint for *_, adjoint in steps[1:]] + [torch.zeros_like(steps[-1][-1])]
         return [(*step[:-1], adjoint) for step, adjoint in zip(steps, own, strict=True)]
 
-    objectives.lean_adjoint = shifted
+    adjoints.lean_adjoint = shifted
     try:
         wrong = gradient(adjoint_matching, policy, environment)
     finally:
-        objectives.lean_adjoint = original
+        adjoints.lean_adjoint = original
     assert (wrong - right).norm() / right.norm() > 0.02
 
 
@@ -154,6 +155,19 @@ def test_regression_on_a_random_subset_of_steps_is_unbiased():
     full, _ = adjoint_matching(policy, environment.sampler, batch, environment.log_likelihood, torch.Generator().manual_seed(7))
     losses = torch.tensor(losses)
     assert abs(losses.mean() - full.item()) < 4 * losses.std() / len(losses) ** 0.5 + 1e-9
+
+
+@pytest.mark.parametrize("steps", [[3], [2, 3], [1, 0], None])
+def test_targets_that_are_kept_give_the_gradient_of_fresh_ones(steps):
+    """Bit for bit, though the adjoint of the kept ones is solved to the first step, and of the fresh ones to the earliest regressed on."""
+    policy, environment = tiny_policy(guidance_scale=2.0, perturb=0.1), tiny_environment()
+    fresh = gradient(adjoint_matching, policy, environment, steps=steps)
+    generator = torch.Generator().manual_seed(3)
+    batch = environment.draw(6, generator)
+    arguments = (policy, environment.sampler, batch, environment.log_likelihood, generator)
+    targets = collect_targets(*arguments, steps=range(4))
+    assert [k for k, *_ in targets.steps] == [3, 2, 1, 0]
+    assert torch.equal(gradient(adjoint_matching, policy, environment, steps=steps, targets=targets), fresh)
 
 
 def test_truncation_changes_the_gradient_and_is_checked():

@@ -36,6 +36,10 @@ class CTRLConfig:
     injection_site: str | None = option(None, "Module path of the time embedding, where it is not found by itself.")
     objective: str = option("adjoint_matching", f"One of {sorted(OBJECTIVES)}.")
     truncation: int | None = option(None, "direct_backprop: differentiate the last so many steps only (biased).")
+    num_kl_steps: int | None = option(
+        None,
+        "direct_backprop: count the KL at so many random steps, scaled to stand for all (unbiased, and cheaper); all by default.",
+    )
     num_regression_steps: int | None = option(None, "adjoint_matching: regress on so many random steps of each trajectory.")
     adjoint_passes: int = option(
         1,
@@ -129,6 +133,7 @@ class CTRLConfig:
             "lora_rank",
             "label_bins",
             "adjoint_passes",
+            "num_kl_steps",
             "ppo_epochs",
             "ppo_minibatches",
             "reward_batch_size",
@@ -144,6 +149,8 @@ class CTRLConfig:
             )
         if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
             raise ValueError("Give global_batch_size or gradient_accumulation_steps, not both: the one follows from the other.")
+        if self.num_kl_steps is not None and self.truncation is not None:
+            raise ValueError("num_kl_steps is for the whole gradient: leave it out with truncation, or the other way round.")
         if self.shard_base and self.merge_lora:
             raise ValueError("merge_lora needs the base's weights whole: leave it out with shard_base.")
 

@@ -26,7 +26,7 @@ numbers from `generator` are rows' own; what is drawn once for a whole batch (`r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -58,23 +58,35 @@ def direct_backprop(
     generator: RandomSource = None,
     *,
     truncation: int | None = None,
+    kl_steps: list[int] | None = None,
 ) -> tuple[torch.Tensor, Metrics]:
     """−J by the path-wise gradient, through all steps or through the last `truncation` steps only (drawn once a batch: the same
     steps for reward and KL). Truncation is biased: it cannot see what early steps do to the KL of later ones.
 
     With the policy's `checkpointing` the trajectory is taken without a graph and gone through backwards, each step computed again when
     its turn comes: memory does not grow with K. (Under float16 autocast, whose gradients are scaled, calls are checkpointed instead.)
+
+    Args:
+        truncation: how many of the last steps have a graph; all by default.
+        kl_steps: the noisy steps (0 … N−1) whose KL is counted, all by default, scaled to stand for all. With `random_steps` loss and
+            gradient are unbiased, the reward's path is whole, and the base is called at these steps only. Not with `truncation`.
     """
+    if truncation is not None and kl_steps is not None:
+        raise ValueError(
+            f"kl_steps are of the whole trajectory: leave them out with truncation = {truncation}, or the other way round."
+        )
     steps = len(sampler.timesteps)
+    priced = sampler.noisy_steps if kl_steps is None else [sampler.noisy_steps[i] for i in kl_steps]
     least = steps - sampler.noisy_steps[-1]  # the last steps may have no noise, and then nothing to tune
     if truncation is not None and not least <= truncation <= steps:
         raise ValueError(f"truncation must be between {least} and the number of steps, {steps}; got {truncation}.")
     if policy.checkpointing and not scales_losses(batch.noise):
-        return _recomputed_backprop(policy, sampler, batch, log_likelihood, generator, truncation or steps)
-    trajectory = rollout(policy, sampler, batch, generator, grad_steps=truncation or steps)
+        return _recomputed_backprop(policy, sampler, batch, log_likelihood, generator, truncation or steps, priced)
+    trajectory = rollout(policy, sampler, batch, generator, grad_steps=truncation or steps, priced=priced)
+    kl = trajectory.kl * (len(sampler.noisy_steps) / len(priced))
     reward = differentiable(checked(log_likelihood(trajectory.sample, batch.labels)), "direct_backprop")
-    loss = (trajectory.kl - batch.gamma.to(reward) * reward).mean()
-    return loss, _metrics(reward, trajectory.kl, batch)
+    loss = (kl - batch.gamma.to(reward) * reward).mean()
+    return loss, _metrics(reward, kl, batch)
 
 
 def _recomputed_backprop(
@@ -84,44 +96,53 @@ def _recomputed_backprop(
     log_likelihood: LogLikelihood,
     generator: RandomSource,
     grad_steps: int,
+    priced: Sequence[int],
 ) -> tuple[torch.Tensor, Metrics]:
-    """The same loss and gradient, a_k = ∂(−J)/∂x_k carried backwards: a_k = (∂x_{k+1}/∂x_k)ᵀ a_{k+1} + ∂KL_k/∂x_k, on fixed noise."""
+    """The same loss and gradient, a_k = ∂(−J)/∂x_k carried backwards: a_k = (∂x_{k+1}/∂x_k)ᵀ a_{k+1} + ∂KL_k/∂x_k, on fixed noise.
+
+    priced: the steps k whose KL is counted, scaled to stand for all.
+    """
     path = walk(policy, sampler, batch, generator)
     adjoint, reward = final_adjoint(path.sample, batch, log_likelihood, "direct_backprop")
     kl = torch.zeros(len(batch), dtype=torch.promote_types(path.sample.dtype, torch.float32), device=path.sample.device)
     losses = StepLosses(policy, path.sample)
-    first = len(sampler.timesteps) - grad_steps
+    first, scale = len(sampler.timesteps) - grad_steps, len(sampler.noisy_steps) / len(priced)
     with policy.uncheckpointed():
         for k, x, following in backwards(policy, sampler, batch, path):
             if k < first:
                 break
             x = x.detach().requires_grad_(k > first)  # before the first of them nothing is differentiated
             with torch.enable_grad():
-                base = base_transition(policy, sampler, batch, k, x)
                 if k not in sampler.noisy_steps:
                     if k > first:
+                        base = base_transition(policy, sampler, batch, k, x)
                         (adjoint,) = gradients([base.mean], [x], [adjoint])
                     continue
                 taken = tuned_transition(policy, sampler, batch, k, x)
-                step_kl = taken.kl(base)
                 noise = ((following - taken.mean) / taken.std).detach()
-                outputs = [step_kl, taken.sample(noise=noise)]
+                step_kl = taken.kl(base_transition(policy, sampler, batch, k, x)) if k in priced else torch.zeros_like(kl)
+                outputs, weights = [taken.sample(noise=noise)], [adjoint]
+                if k in priced:
+                    outputs, weights = [step_kl, *outputs], [torch.full_like(step_kl, scale), *weights]
             inputs = [*losses.roots, x] if k > first else losses.roots
-            found = gradients(outputs, inputs, [torch.ones_like(step_kl), adjoint])
+            found = gradients(outputs, inputs, weights)
             if k > first:
                 adjoint = found.pop()
-            losses.take(step_kl.detach().sum(), found)
-            kl = kl + step_kl.detach()
+            step_kl = scale * step_kl.detach()
+            losses.take(step_kl.sum(), found)
+            kl = kl + step_kl
     ends = (batch.gamma.to(reward) * reward).sum()
     losses.take(-ends, [])
     return losses.total() / len(batch), _metrics(reward, kl, batch)
 
 
-def random_steps(sampler: Sampler, count: int, generator: torch.Generator | None = None) -> list[int]:
+def random_steps(
+    sampler: Sampler, count: int, generator: torch.Generator | None = None, name: str = "num_regression_steps"
+) -> list[int]:
     """A random subset of the noisy steps, by their numbers 0 … N−1."""
     total = len(sampler.noisy_steps)
     if not 1 <= count <= total:
-        raise ValueError(f"num_regression_steps must be between 1 and the number of noisy steps, {total}; got {count}.")
+        raise ValueError(f"{name} must be between 1 and the number of noisy steps, {total}; got {count}.")
     device = generator.device if generator is not None else "cpu"
     return torch.randperm(total, generator=generator, device=device)[:count].tolist()
 

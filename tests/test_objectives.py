@@ -181,6 +181,19 @@ def test_truncation_changes_the_gradient_and_is_checked():
         random_steps(environment.sampler, 5)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_kl_of_random_steps_is_unbiased(checkpointing):
+    """Loss and gradient are linear in the steps that are counted: the mean over all choices of one step is the whole, to rounding."""
+    policy, environment = tiny_policy(guidance_scale=2.0, perturb=0.1, checkpointing=checkpointing), tiny_environment()
+    whole = gradient(direct_backprop, policy, environment)
+    torch.testing.assert_close(gradient(direct_backprop, policy, environment, kl_steps=[0, 1, 2, 3]), whole, rtol=1e-12, atol=1e-14)
+    single = torch.stack([gradient(direct_backprop, policy, environment, kl_steps=[i]) for i in range(4)])
+    torch.testing.assert_close(single.mean(0), whole, rtol=1e-9, atol=1e-12)
+    assert (single - whole).norm(dim=1).min() > 1e-3 * whole.norm()
+    with pytest.raises(ValueError, match="leave them out with truncation = 3"):
+        gradient(direct_backprop, policy, environment, truncation=3, kl_steps=[0])
+
+
 # -- policy gradient --
 
 

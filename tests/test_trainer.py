@@ -144,6 +144,18 @@ def test_adjoint_matching_may_learn_several_times_from_one_batch(tmp_path):
     }
 
 
+def test_the_steps_whose_kl_is_counted_are_drawn_once_an_update(tmp_path):
+    trainer = make_trainer(tmp_path, objective="direct_backprop", num_kl_steps=2, gradient_accumulation_steps=2, max_updates=2)
+    seen, original = [], trainer._gradient
+    trainer._gradient = lambda *args: (seen.append(args[-1]["kl_steps"]), original(*args))[1]
+    assert len(trainer.train()) == 2
+    assert [len(set(steps)) for steps in seen] == [2, 2] and seen[0] != seen[1]
+    with pytest.raises(ValueError, match="num_kl_steps is for the whole gradient"):
+        make_trainer(tmp_path, objective="direct_backprop", num_kl_steps=2, truncation=3)
+    with pytest.raises(ValueError, match="num_kl_steps must be between 1 and the number of noisy steps, 9; got 10"):
+        make_trainer(tmp_path, objective="direct_backprop", num_kl_steps=10).train()
+
+
 def test_passes_that_find_too_few_steps_are_an_error(tmp_path):
     trainer = make_trainer(tmp_path, objective="adjoint_matching", num_regression_steps=4, adjoint_passes=3)
     with pytest.raises(

@@ -5,12 +5,14 @@
 Write the tuned step as x_{k+1} = mu_pre(x_k) + sigma_k (u_k(x_k) + ε_k), so that KL_k = ½‖u_k‖²: u is a *control*, and J a
 stochastic control problem whose optimum samples p_pre(x | c) p̂(y | x)^gamma / Z when x_0 is independent of x_K.
 
-`direct_backprop` (CTRL, arXiv 2406.12120, Algorithm 2) holds the ε fixed and differentiates J through the sampler.
+`direct_backprop` (CTRL, arXiv 2406.12120, Algorithm 2) holds the ε fixed and differentiates J through the sampler. J is
+linear in the KL_k, so those of a random subset of steps, scaled, give an unbiased gradient without truncation.
 
 `adjoint_matching` (arXiv 2409.08861) needs no graph through the sampler. Let a_k = ∂(−gamma log p̂(x_K))/∂x_k along a trajectory
 of the tuned model, but through the *base* steps only (the lean adjoint): a_K = −gamma ∇log p̂(x_K), a_k = (∂mu_pre/∂x_k)ᵀ a_{k+1}.
 The optimal control is u_k = −sigma_k E[a_{k+1} | x_k], so regress u_k(x_k) on −sigma_k a_{k+1}. The noise of step k enters
-x_{k+1}, hence the index k + 1. Where u = 0 the two gradients agree to rounding on the same noise.
+x_{k+1}, hence the index k + 1. Where u = 0 the two gradients agree to rounding on the same noise. On a random subset of steps, scaled, the
+regression is unbiased. The targets of a trajectory do not depend on theta (`adjoints.py`): several optimizer steps may share them.
 
 `policy_gradient` (PPO, arXiv 1707.06347; for diffusion DDPO, arXiv 2305.13301) needs no gradient of log p̂ at all:
 

@@ -1,14 +1,20 @@
 """What one update costs: the official algorithm, our objectives, and sampling alone, on the same random-weight Stable Diffusion.
 
-    python benchmarks/step_time.py [--size tiny] [--steps 20 50] [--threads 2] [--rounds 3] [--only NAME …]
+    python benchmarks/step_time.py [--size tiny] [--steps 20 50] [--threads 2] [--rounds 3] [--only NAME …] [--output FILE] [--smoke]
 
 Batch 4, guidance 7.5, float32, LoRA of rank 16 on the attention's projections, a reward by a small classifier of the decoded images. Each
 row runs in a process of its own: two updates to warm up, then `--repeats` that are timed; all rows once, then all again, `--rounds` times, so that
-a slow minute of the machine meets all of them. Seconds: median over rounds of the median update; ratios are taken within a round.
-MiB: the process's peak above what it had before its first update. rows: samples that the U-Net was called with, recomputation included.
+a slow minute of the machine meets all of them. Medians over rounds of the median update; ratios are taken within a round.
+
+- seconds: of one update, that is of one batch of trajectories. CPU s: what its process computed meanwhile, on all its threads: other people's
+  jobs disturb it less.
+- steps/update: how many optimizer steps an update takes; a step: seconds divided by them. One, but where trajectories are reused.
+- 2 trajectories at a time: the same update in two micro-batches, whose calls have 4 rows as the official algorithm's have.
+- MiB: the process's peak above what it had before its first update. rows: samples that the U-Nets were called with, recomputation included.
 
 `official` is the algorithm of official.py. `sampling` is one batch of trajectories of the tuned model, without gradient: the floor of any method that
-learns from its own samples. Writes results/step_time_SIZE.json.
+learns from its own samples. Writes results/step_time_SIZE.json after each process, and goes on from there when it is called again on the same
+commit with the same settings. `--smoke` is a look at three rows and 3 steps, for which `--output` must be given.
 """
 
 from __future__ import annotations
@@ -47,18 +53,30 @@ SPACE = LabelSpace(size=Categorical(("largest", "large", "small", "smallest")))
 ROWS: dict[str, dict[str, Any]] = {
     "official": {},
     "adjoint_matching, a fifth of the steps (default)": {"objective": "adjoint_matching", "num_regression_steps": 0.2},
+    "adjoint_matching, a fifth of the steps, 2 trajectories at a time": {
+        "objective": "adjoint_matching",
+        "num_regression_steps": 0.2,
+        "batch_size": 2,
+        "gradient_accumulation_steps": 2,
+    },
+    "adjoint_matching, a fifth of the steps, 4 times": {
+        "objective": "adjoint_matching",
+        "num_regression_steps": 0.2,
+        "adjoint_passes": 4,
+    },
     "adjoint_matching, all steps": {"objective": "adjoint_matching"},
     "direct_backprop, all steps, tape": {"objective": "direct_backprop", "checkpointing": False},
     "direct_backprop, all steps": {"objective": "direct_backprop"},
+    "direct_backprop, all steps, KL at a fifth": {"objective": "direct_backprop", "num_kl_steps": 0.2},
     "direct_backprop, last fifth": {"objective": "direct_backprop", "truncation": 0.2},
     "policy_gradient": {"objective": "policy_gradient"},
     "sampling": {},
 }
-DEFAULT = "adjoint_matching, a fifth of the steps (default)"
+SMOKE = ("official", "adjoint_matching, a fifth of the steps (default)", "sampling")
 
 
-def update_of(row: str, size_name: str, steps: int, folder: str) -> tuple[Callable[[], Any], torch.nn.Module]:
-    """A function that does one update, and the U-Net whose calls are to be counted."""
+def update_of(row: str, size_name: str, steps: int, folder: str) -> tuple[Callable[[], Any], torch.nn.Module, Any]:
+    """A function that does one update, the U-Net whose calls and the optimizer whose steps are to be counted."""
     size = SIZES[size_name]
     torch.manual_seed(0)
     unet, vae = random_unet(size), random_vae(size)
@@ -66,9 +84,8 @@ def update_of(row: str, size_name: str, steps: int, folder: str) -> tuple[Callab
     prompts, null = random_embeds(size, 8)
     settings = {"checkpointing": row != "official", "merge_lora": True}
     settings |= {k: max(1, round(steps * v)) if isinstance(v, float) else v for k, v in ROWS[row].items()}
-    config = CTRLConfig(
-        output_dir=folder, num_inference_steps=steps, guidance_scale=GUIDANCE, batch_size=4, report_to="none", **settings
-    )
+    settings = {"batch_size": 4, **settings}
+    config = CTRLConfig(output_dir=folder, num_inference_steps=steps, guidance_scale=GUIDANCE, report_to="none", **settings)
     policy = Policy(
         unet,
         label_space=SPACE,
@@ -97,9 +114,9 @@ def update_of(row: str, size_name: str, steps: int, folder: str) -> tuple[Callab
             with torch.no_grad(), policy.merged():
                 rollout(policy, environment.sampler, batch, generator, reference=False)
 
-        return sampling, unet
+        return sampling, unet, trainer.optimizer
     if row != "official":
-        return trainer._step, unet
+        return trainer._step, unet, trainer.optimizer
     reference = reference_unet(unet)
     reference.conv_in.register_forward_pre_hook(lambda _, given: unet.conv_in.count(given))
 
@@ -113,29 +130,38 @@ def update_of(row: str, size_name: str, steps: int, folder: str) -> tuple[Callab
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
 
-    return official, unet
+    return official, unet, trainer.optimizer
 
 
 def worker(row: str, size: str, steps: int, repeats: int) -> dict[str, float]:
     warnings.filterwarnings("ignore")
-    rows = [0]
+    rows, optimizer_steps = [0], [0]
     with tempfile.TemporaryDirectory() as folder:
-        update, unet = update_of(row, size, steps, folder)
+        update, unet, optimizer = update_of(row, size, steps, folder)
 
         def count(given: tuple[torch.Tensor, ...]) -> None:
             rows[0] += len(given[0])
 
         unet.conv_in.count = count
         unet.conv_in.register_forward_pre_hook(lambda _, given: count(given))
+        take = optimizer.step
+        optimizer.step = lambda: (optimizer_steps.__setitem__(0, optimizer_steps[0] + 1), take())
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = resident_mib()
         update(), update()
-        rows[0], seconds = 0, []
+        rows[0], optimizer_steps[0], seconds, cpu_seconds = 0, 0, [], []
         for _ in range(repeats):
-            started = time.perf_counter()
+            started, computed = time.perf_counter(), time.process_time()
             update()
             seconds.append(time.perf_counter() - started)
-    return {"seconds": statistics.median(seconds), "mib": resident_mib("VmHWM") - before, "rows": rows[0] / repeats}
+            cpu_seconds.append(time.process_time() - computed)
+    return {
+        "seconds": statistics.median(seconds),
+        "cpu_seconds": statistics.median(cpu_seconds),
+        "mib": resident_mib("VmHWM") - before,
+        "rows": rows[0] / repeats,
+        "optimizer_steps": optimizer_steps[0] / repeats,
+    }
 
 
 def main() -> None:
@@ -146,59 +172,90 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--output", type=Path, help="results/step_time_SIZE.json by default")
+    parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         torch.set_num_threads(args.threads)
         print(json.dumps(worker(args.worker, args.size, args.steps[0], args.repeats)))
         return
+    if args.smoke:
+        if args.output is None:
+            parser.error("--smoke needs --output: it is no result to keep beside the others.")
+        args.steps, args.rounds, args.repeats, args.only = [3], 1, 1, list(SMOKE)
+    output = args.output or RESULTS / f"step_time_{args.size}.json"
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "TQDM_DISABLE": "1"}
-    found: dict[tuple[int, str], list[dict[str, float]]] = {(k, row): [] for k in args.steps for row in args.only}
-    bar = tqdm(total=args.rounds * len(found), unit="process")
-    for _ in range(args.rounds):
-        for (steps, row), rounds in found.items():
-            bar.set_description(f"{row}, {steps} steps")
-            command = [sys.executable, __file__, "--worker", row, "--size", args.size, "--steps", str(steps)]
-            command += ["--threads", str(args.threads), "--repeats", str(args.repeats)]
-            run = subprocess.run(command, env=environment, capture_output=True, text=True)
-            if run.returncode:
-                raise SystemExit(f"{row}: {run.stderr[-2000:]}")
-            rounds.append(json.loads(run.stdout.splitlines()[-1]))
-            bar.update()
-    bar.close()
-    write_json(RESULTS / f"step_time_{args.size}.json", summary(found, args))
+    record = {"size": args.size, "threads": args.threads, "repeats": args.repeats, **provenance()}
+    found = earlier(output, record)
+    todo = [(number, steps, row) for number in range(args.rounds) for steps in args.steps for row in args.only]
+    todo = [(number, steps, row) for number, steps, row in todo if number >= len(found.get((steps, row), []))]
+    bar = tqdm(todo, unit="process")
+    for _, steps, row in bar:
+        bar.set_description(f"{row}, {steps} steps")
+        command = [sys.executable, __file__, "--worker", row, "--size", args.size, "--steps", str(steps)]
+        command += ["--threads", str(args.threads), "--repeats", str(args.repeats)]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if run.returncode:
+            raise SystemExit(f"{row}: {run.stderr[-2000:]}")
+        found.setdefault((steps, row), []).append(json.loads(run.stdout.splitlines()[-1]))
+        write_json(output, record | {"rows": summary(found)})
+    show(summary(found))
 
 
-def summary(found: dict[tuple[int, str], list[dict[str, float]]], args: argparse.Namespace) -> dict[str, Any]:
-    """The table, printed as it is made; ratios to the official algorithm and to sampling, within each round."""
-    record = {
-        "size": args.size,
-        "threads": args.threads,
-        "rounds": args.rounds,
-        "repeats": args.repeats,
-        **provenance(),
-        "rows": [],
-    }
-    print(f"{'':52}{'steps':>6}{'seconds':>10}{'official':>10}{'floor':>8}{'MiB':>8}{'official':>10}{'rows':>8}")
+def earlier(output: Path, record: dict[str, Any]) -> dict[tuple[int, str], list[dict[str, float]]]:
+    """The rounds that a results file has of the same commit and settings, by steps and row."""
+    if not output.is_file():
+        return {}
+    before = json.loads(output.read_text())
+    if any(before.get(key) != value for key, value in record.items()):
+        return {}
+    return {(row["steps"], row["name"]): row["rounds"] for row in before["rows"] if "rounds" in row}
+
+
+def summary(found: dict[tuple[int, str], list[dict[str, float]]]) -> list[dict[str, Any]]:
+    """The table's rows; ratios to the official algorithm and to sampling, within each round."""
+    rows = []
     for (steps, name), rounds in found.items():
         row: dict[str, Any] = {"name": name, "steps": steps}
-        row |= {key: statistics.median(one[key] for one in rounds) for key in ("seconds", "mib", "rows")}
+        row |= {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
+        row["seconds_an_optimizer_step"] = row["seconds"] / max(1.0, row["optimizer_steps"])
         row["seconds_range"] = [min(one["seconds"] for one in rounds), max(one["seconds"] for one in rounds)]
         for what, other, key in (
             ("time_over_official", "official", "seconds"),
+            ("cpu_time_over_official", "official", "cpu_seconds"),
             ("memory_over_official", "official", "mib"),
             ("time_over_sampling", "sampling", "seconds"),
+            ("cpu_time_over_sampling", "sampling", "cpu_seconds"),
         ):
             if others := found.get((steps, other)):
-                row[what] = statistics.median(a[key] / b[key] for a, b in zip(rounds, others, strict=True))
-        record["rows"].append(row)
-        cells = [
-            f"{row.get(key, float('nan')):.2f}" for key in ("time_over_official", "time_over_sampling", "memory_over_official")
-        ]
-        print(
-            f"{name:52}{steps:>6}{row['seconds']:>10.2f}{cells[0]:>10}{cells[1]:>8}{row['mib']:>8.0f}{cells[2]:>10}{row['rows']:>8.0f}"
-        )
-    return record
+                row[what] = statistics.median(a[key] / b[key] for a, b in zip(rounds, others, strict=False))
+        if "time_over_official" in row:
+            row["optimizer_step_over_official"] = row["time_over_official"] / max(1.0, row["optimizer_steps"])
+        rows.append(row | {"rounds": rounds})
+    return rows
+
+
+COLUMNS = {
+    "steps": "steps",
+    "seconds": "seconds",
+    "cpu_seconds": "CPU s",
+    "time_over_official": "/official",
+    "cpu_time_over_official": "CPU /off.",
+    "time_over_sampling": "/sampling",
+    "optimizer_steps": "steps/update",
+    "seconds_an_optimizer_step": "a step",
+    "mib": "MiB",
+    "memory_over_official": "MiB /off.",
+    "rows": "rows",
+}
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Prints the table."""
+    print(f"{'':66}" + "".join(f"{title:>13}" for title in COLUMNS.values()))
+    for row in rows:
+        print(f"{row['name']:66}" + "".join(f"{row.get(key, float('nan')):>13.4g}" for key in COLUMNS))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,16 @@ class CTRLConfig:
     injection_site: str | None = option(None, "Module path of the time embedding, where it is not found by itself.")
     objective: str = option("adjoint_matching", f"One of {sorted(OBJECTIVES)}.")
     truncation: int | None = option(None, "direct_backprop: differentiate the last so many steps only (biased).")
+    num_kl_steps: int | None = option(
+        None,
+        "direct_backprop: count the KL at so many random steps, scaled to stand for all (unbiased, and cheaper); all by default.",
+    )
     num_regression_steps: int | None = option(None, "adjoint_matching: regress on so many random steps of each trajectory.")
+    adjoint_passes: int = option(
+        1,
+        "adjoint_matching: optimizer steps that a batch of trajectories serves, each on other random steps of it. Cheaper a step; the "
+        "later ones learn from trajectories a little out of date.",
+    )
     clip_range: float = option(0.2, "policy_gradient: PPO's clipping of a step's density ratio.")
     ppo_epochs: int = option(2, "policy_gradient: passes over each batch of trajectories.")
     ppo_minibatches: int = option(
@@ -123,6 +132,8 @@ class CTRLConfig:
             "num_inference_steps",
             "lora_rank",
             "label_bins",
+            "adjoint_passes",
+            "num_kl_steps",
             "ppo_epochs",
             "ppo_minibatches",
             "reward_batch_size",
@@ -138,8 +149,15 @@ class CTRLConfig:
             )
         if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
             raise ValueError("Give global_batch_size or gradient_accumulation_steps, not both: the one follows from the other.")
+        if self.num_kl_steps is not None and self.truncation is not None:
+            raise ValueError("num_kl_steps is for the whole gradient: leave it out with truncation, or the other way round.")
         if self.shard_base and self.merge_lora:
             raise ValueError("merge_lora needs the base's weights whole: leave it out with shard_base.")
+
+    @property
+    def reuses_trajectories(self) -> bool:
+        """Whether a batch of trajectories serves several optimizer steps."""
+        return self.objective == "policy_gradient" or (self.objective == "adjoint_matching" and self.adjoint_passes > 1)
 
     def objective_options(self) -> dict[str, Any]:
         """The chosen objective's own options."""

@@ -5,12 +5,14 @@
 Write the tuned step as x_{k+1} = mu_pre(x_k) + sigma_k (u_k(x_k) + ε_k), so that KL_k = ½‖u_k‖²: u is a *control*, and J a
 stochastic control problem whose optimum samples p_pre(x | c) p̂(y | x)^gamma / Z when x_0 is independent of x_K.
 
-`direct_backprop` (CTRL, arXiv 2406.12120, Algorithm 2) holds the ε fixed and differentiates J through the sampler.
+`direct_backprop` (CTRL, arXiv 2406.12120, Algorithm 2) holds the ε fixed and differentiates J through the sampler. J is
+linear in the KL_k, so those of a random subset of steps, scaled, give an unbiased gradient without truncation.
 
 `adjoint_matching` (arXiv 2409.08861) needs no graph through the sampler. Let a_k = ∂(−gamma log p̂(x_K))/∂x_k along a trajectory
 of the tuned model, but through the *base* steps only (the lean adjoint): a_K = −gamma ∇log p̂(x_K), a_k = (∂mu_pre/∂x_k)ᵀ a_{k+1}.
 The optimal control is u_k = −sigma_k E[a_{k+1} | x_k], so regress u_k(x_k) on −sigma_k a_{k+1}. The noise of step k enters
-x_{k+1}, hence the index k + 1. Where u = 0 the two gradients agree to rounding on the same noise.
+x_{k+1}, hence the index k + 1. Where u = 0 the two gradients agree to rounding on the same noise. On a random subset of steps, scaled, the
+regression is unbiased. The targets of a trajectory do not depend on theta (`adjoints.py`): several optimizer steps may share them.
 
 `policy_gradient` (PPO, arXiv 1707.06347; for diffusion DDPO, arXiv 2305.13301) needs no gradient of log p̂ at all:
 
@@ -26,25 +28,19 @@ numbers from `generator` are rows' own; what is drawn once for a whole batch (`r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 
 import torch
 
+from .adjoints import Targets, differentiable, final_adjoint, solved
 from .experience import Experience, LogLikelihood, checked, collect
-from .paths import Path, StepLosses, backwards, gradients, scales_losses, walk
+from .paths import StepLosses, backwards, gradients, scales_losses, walk
 from .policy import Policy
 from .randomness import RandomSource
 from .rollouts import Batch, Sampler, base_transition, rollout, tuned_transition
-from .transitions import Transition
 
 
 Metrics = dict[str, float]
-
-
-def _differentiable(reward: torch.Tensor, name: str) -> torch.Tensor:
-    if not reward.requires_grad:
-        raise ValueError(f"{name} needs the gradient of the log-likelihood, and this scorer has none: use policy_gradient.")
-    return reward
 
 
 def _metrics(reward: torch.Tensor, kl: torch.Tensor, batch: Batch) -> Metrics:
@@ -64,23 +60,35 @@ def direct_backprop(
     generator: RandomSource = None,
     *,
     truncation: int | None = None,
+    kl_steps: list[int] | None = None,
 ) -> tuple[torch.Tensor, Metrics]:
     """−J by the path-wise gradient, through all steps or through the last `truncation` steps only (drawn once a batch: the same
     steps for reward and KL). Truncation is biased: it cannot see what early steps do to the KL of later ones.
 
     With the policy's `checkpointing` the trajectory is taken without a graph and gone through backwards, each step computed again when
     its turn comes: memory does not grow with K. (Under float16 autocast, whose gradients are scaled, calls are checkpointed instead.)
+
+    Args:
+        truncation: how many of the last steps have a graph; all by default.
+        kl_steps: the noisy steps (0 … N−1) whose KL is counted, all by default, scaled to stand for all. With `random_steps` loss and
+            gradient are unbiased, the reward's path is whole, and the base is called at these steps only. Not with `truncation`.
     """
+    if truncation is not None and kl_steps is not None:
+        raise ValueError(
+            f"kl_steps are of the whole trajectory: leave them out with truncation = {truncation}, or the other way round."
+        )
     steps = len(sampler.timesteps)
+    priced = sampler.noisy_steps if kl_steps is None else [sampler.noisy_steps[i] for i in kl_steps]
     least = steps - sampler.noisy_steps[-1]  # the last steps may have no noise, and then nothing to tune
     if truncation is not None and not least <= truncation <= steps:
         raise ValueError(f"truncation must be between {least} and the number of steps, {steps}; got {truncation}.")
     if policy.checkpointing and not scales_losses(batch.noise):
-        return _recomputed_backprop(policy, sampler, batch, log_likelihood, generator, truncation or steps)
-    trajectory = rollout(policy, sampler, batch, generator, grad_steps=truncation or steps)
-    reward = _differentiable(checked(log_likelihood(trajectory.sample, batch.labels)), "direct_backprop")
-    loss = (trajectory.kl - batch.gamma.to(reward) * reward).mean()
-    return loss, _metrics(reward, trajectory.kl, batch)
+        return _recomputed_backprop(policy, sampler, batch, log_likelihood, generator, truncation or steps, priced)
+    trajectory = rollout(policy, sampler, batch, generator, grad_steps=truncation or steps, priced=priced)
+    kl = trajectory.kl * (len(sampler.noisy_steps) / len(priced))
+    reward = differentiable(checked(log_likelihood(trajectory.sample, batch.labels)), "direct_backprop")
+    loss = (kl - batch.gamma.to(reward) * reward).mean()
+    return loss, _metrics(reward, kl, batch)
 
 
 def _recomputed_backprop(
@@ -90,74 +98,53 @@ def _recomputed_backprop(
     log_likelihood: LogLikelihood,
     generator: RandomSource,
     grad_steps: int,
+    priced: Sequence[int],
 ) -> tuple[torch.Tensor, Metrics]:
-    """The same loss and gradient, a_k = ∂(−J)/∂x_k carried backwards: a_k = (∂x_{k+1}/∂x_k)ᵀ a_{k+1} + ∂KL_k/∂x_k, on fixed noise."""
+    """The same loss and gradient, a_k = ∂(−J)/∂x_k carried backwards: a_k = (∂x_{k+1}/∂x_k)ᵀ a_{k+1} + ∂KL_k/∂x_k, on fixed noise.
+
+    priced: the steps k whose KL is counted, scaled to stand for all.
+    """
     path = walk(policy, sampler, batch, generator)
-    adjoint, reward = _final_adjoint(path.sample, batch, log_likelihood, "direct_backprop")
+    adjoint, reward = final_adjoint(path.sample, batch, log_likelihood, "direct_backprop")
     kl = torch.zeros(len(batch), dtype=torch.promote_types(path.sample.dtype, torch.float32), device=path.sample.device)
     losses = StepLosses(policy, path.sample)
-    first = len(sampler.timesteps) - grad_steps
+    first, scale = len(sampler.timesteps) - grad_steps, len(sampler.noisy_steps) / len(priced)
     with policy.uncheckpointed():
         for k, x, following in backwards(policy, sampler, batch, path):
             if k < first:
                 break
             x = x.detach().requires_grad_(k > first)  # before the first of them nothing is differentiated
             with torch.enable_grad():
-                base = base_transition(policy, sampler, batch, k, x)
                 if k not in sampler.noisy_steps:
                     if k > first:
+                        base = base_transition(policy, sampler, batch, k, x)
                         (adjoint,) = gradients([base.mean], [x], [adjoint])
                     continue
                 taken = tuned_transition(policy, sampler, batch, k, x)
-                step_kl = taken.kl(base)
                 noise = ((following - taken.mean) / taken.std).detach()
-                outputs = [step_kl, taken.sample(noise=noise)]
+                step_kl = taken.kl(base_transition(policy, sampler, batch, k, x)) if k in priced else torch.zeros_like(kl)
+                outputs, weights = [taken.sample(noise=noise)], [adjoint]
+                if k in priced:
+                    outputs, weights = [step_kl, *outputs], [torch.full_like(step_kl, scale), *weights]
             inputs = [*losses.roots, x] if k > first else losses.roots
-            found = gradients(outputs, inputs, [torch.ones_like(step_kl), adjoint])
+            found = gradients(outputs, inputs, weights)
             if k > first:
                 adjoint = found.pop()
-            losses.take(step_kl.detach().sum(), found)
-            kl = kl + step_kl.detach()
+            step_kl = scale * step_kl.detach()
+            losses.take(step_kl.sum(), found)
+            kl = kl + step_kl
     ends = (batch.gamma.to(reward) * reward).sum()
     losses.take(-ends, [])
     return losses.total() / len(batch), _metrics(reward, kl, batch)
 
 
-def _final_adjoint(
-    sample: torch.Tensor, batch: Batch, log_likelihood: LogLikelihood, name: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """∂(−gamma log p̂)/∂x_K, (B, C, *), and log p̂, (B,) nats."""
-    with torch.enable_grad():
-        x = sample.detach().requires_grad_()
-        reward = _differentiable(checked(log_likelihood(x, batch.labels)), name)
-        (adjoint,) = gradients([-(batch.gamma.to(reward) * reward).sum()], [x], [None])
-    return adjoint, reward.detach()
-
-
-def lean_adjoint(
-    policy: Policy, sampler: Sampler, batch: Batch, path: Path, adjoint: torch.Tensor
-) -> Iterator[tuple[int, torch.Tensor, Transition, torch.Tensor]]:
-    """Solves the lean adjoint backwards along a trajectory, from adjoint = ∂(−gamma log p̂)/∂x_K.
-
-    Yields:
-        (k, x_k, the base's transition at x_k, adjoint_{k+1}) for k = K − 1 … 0, with adjoint_k = ∂(−gamma log p̂)/∂x_k through the base.
-    """
-    for k, x, _ in backwards(policy, sampler, batch, path):
-        x = x.detach().requires_grad_(k > 0)  # nobody asks for adjoint_0
-        following = adjoint
-        with policy.uncheckpointed(), torch.enable_grad():
-            base = base_transition(policy, sampler, batch, k, x)
-            if k > 0:
-                (adjoint,) = gradients([base.mean], [x], [following])
-        base = Transition(base.mean.detach(), base.std.detach())
-        yield k, x.detach(), base, following
-
-
-def random_steps(sampler: Sampler, count: int, generator: torch.Generator | None = None) -> list[int]:
+def random_steps(
+    sampler: Sampler, count: int, generator: torch.Generator | None = None, name: str = "num_regression_steps"
+) -> list[int]:
     """A random subset of the noisy steps, by their numbers 0 … N−1."""
     total = len(sampler.noisy_steps)
     if not 1 <= count <= total:
-        raise ValueError(f"num_regression_steps must be between 1 and the number of noisy steps, {total}; got {count}.")
+        raise ValueError(f"{name} must be between 1 and the number of noisy steps, {total}; got {count}.")
     device = generator.device if generator is not None else "cpu"
     return torch.randperm(total, generator=generator, device=device)[:count].tolist()
 
@@ -169,31 +156,34 @@ def adjoint_matching(
     log_likelihood: LogLikelihood,
     generator: RandomSource = None,
     *,
+    targets: Targets | None = None,
     steps: list[int] | None = None,
 ) -> tuple[torch.Tensor, Metrics]:
     """Regression of the control on −sigma_k · adjoint[k+1]; memory does not grow with the number of steps regressed on.
 
     The gradient of each step is taken on the way back, so that memory does not grow with K (under float16 autocast it does, but for the
-    policy's `checkpointing`).
+    policy's `checkpointing`). The way back ends at the earliest step that is regressed on.
 
     Args:
+        targets: of trajectories to learn from, which an earlier policy may have drawn; fresh ones if None.
         steps: which noisy steps (0 … N−1) to regress on, all by default; the loss is scaled to stand for all. With `random_steps` it is
-            an unbiased estimate of Σ_k ½‖u_k + sigma_k adjoint_{k+1}‖², averaged over the batch.
+            an unbiased estimate of Σ_k ½‖u_k + sigma_k adjoint_{k+1}‖², averaged over the batch. Targets must have them.
     """
-    path = walk(policy, sampler, batch, generator)
-    adjoint, reward = _final_adjoint(path.sample, batch, log_likelihood, "adjoint_matching")
     noisy = sampler.noisy_steps
     chosen = noisy if steps is None else [noisy[i] for i in steps]
+    if targets is None:
+        found, reward = solved(policy, sampler, batch, log_likelihood, generator, chosen)
+    else:
+        found, reward = [target for target in targets.steps if target[0] in chosen], targets.reward
     scale = len(noisy) / len(chosen)
     losses, kl = StepLosses(policy, batch.noise), batch.noise.new_zeros(len(batch))
-    for k, x, base, next_adjoint in lean_adjoint(policy, sampler, batch, path, adjoint):
-        if k in chosen:
-            with losses.step():
-                taken = tuned_transition(policy, sampler, batch, k, x)
-                control = (taken.mean - base.mean) / taken.std.detach()
-                residual = control + taken.std.detach() * next_adjoint
-                losses.add(scale * residual.square().flatten(1).sum(1).mean() / 2)
-            kl = kl + scale * control.detach().square().flatten(1).sum(1) / 2
+    for k, x, base, next_adjoint in found:
+        with losses.step():
+            taken = tuned_transition(policy, sampler, batch, k, x)
+            control = (taken.mean - base.mean) / taken.std.detach()
+            residual = control + taken.std.detach() * next_adjoint
+            losses.add(scale * residual.square().flatten(1).sum(1).mean() / 2)
+        kl = kl + scale * control.detach().square().flatten(1).sum(1) / 2
     return losses.total(), _metrics(reward, kl, batch)
 
 

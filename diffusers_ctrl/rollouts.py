@@ -11,7 +11,7 @@ law of the result stays absolutely continuous, and J ≤ log Z holds.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -166,6 +166,7 @@ def rollout(
     grad_steps: int = 0,
     reference: bool = True,
     span: range | None = None,
+    priced: Collection[int] | None = None,
 ) -> Rollout:
     """Samples trajectories from the tuned model (or, with `tuned=False`, from the base).
 
@@ -173,6 +174,7 @@ def rollout(
         grad_steps: how many of the last steps build a graph; the state entering the first of them is detached.
         reference: whether to call the base on steps without a graph, for their KL and log-ratio. Without it, these steps count 0.
         span: take these steps only, the first of them from `batch.noise`; all by default.
+        priced: call the base for the KL and log-ratio of these noisy steps only; all by default.
 
     Returns:
         A `Rollout`; `kl` carries a graph over the last `grad_steps` steps.
@@ -191,7 +193,7 @@ def rollout(
             else:
                 taken = tuned_transition(policy, sampler, batch, k, x)
                 following = taken.sample(generator)
-                if with_grad or reference:
+                if (with_grad or reference) and (priced is None or k in priced):
                     base = base_transition(policy, sampler, batch, k, x)
                     kl = kl + taken.kl(base)
                     with torch.no_grad():

@@ -87,7 +87,7 @@ class MemorylessFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         s, s_next = self.sigmas[index].item(), self.sigmas[index + 1].item()
         clean_weight, state_weight, std = posterior_coefficients((1 - s, s), (1 - s_next, s_next))
         clean = sample - s * output
-        return clean_weight * clean + state_weight * sample, torch.tensor(std, dtype=sample.dtype, device=sample.device), clean
+        return clean_weight * clean + state_weight * sample, torch.tensor(std, dtype=sample.dtype), clean
 
     def step(
         self,

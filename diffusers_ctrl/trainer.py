@@ -23,6 +23,7 @@ from accelerate import Accelerator, DistributedType
 from tqdm.auto import tqdm
 
 from . import processes
+from .adjoints import Targets, collect_targets
 from .checkpoints import (
     Checkpoint,
     check_resumable,
@@ -323,7 +324,7 @@ class CTRLTrainer:
 
     def _step(self) -> dict[str, float]:
         """One update. Where it takes several optimizer steps and one fails, all are taken back."""
-        if self.config.objective != "policy_gradient":
+        if not self.config.reuses_trajectories:
             return self._update()
         weights = {p: p.detach().clone() for p in self._named.values()}
         optimizer, baseline = copy.deepcopy(self.optimizer.state_dict()), self.baseline
@@ -355,22 +356,36 @@ class CTRLTrainer:
 
         micros = processes.rounds(self.batch_size, config.batch_size)
         work: Iterable[tuple[Batch, TrajectoryNoise, dict[str, Any]]]
-        if config.objective == "policy_gradient":
+        if config.reuses_trajectories:
             started = [start(rows) for rows in micros]
-            experiences = self._experience(environment, started)
-            work = [(*one, {"experience": experience}) for one, experience in zip(started, experiences, strict=True)]
+            if config.objective == "policy_gradient":
+                kept = [{"experience": experience} for experience in self._experience(environment, started)]
+            else:
+                steps = [step for options in passes for step in options["steps"]]
+                kept = [{"targets": targets} for targets in self._targets(environment, started, steps)]
+            work = [(*one, own) for one, own in zip(started, kept, strict=True)]
         else:
             work = ((*start(rows), {}) for rows in micros)  # one pass: a micro-batch is made when its turn comes
-        totals: dict[str, float] = {}
-        for options in passes:
-            totals = self._optimize(self._gradient(environment, work, len(micros), config.objective_options() | options))
-        return totals
+        found = [
+            self._optimize(self._gradient(environment, work, len(micros), config.objective_options() | options))
+            for options in passes
+        ]
+        return found[0]  # before the first of several optimizer steps the trajectories are the policy's own
 
     def _passes(self, environment: Environment, generator: torch.Generator) -> list[dict[str, Any]]:
         """The options of each optimizer step of an update that are drawn once for all of its batch: which steps it learns from."""
         config, count = self.config, len(environment.sampler.noisy_steps)
-        if config.objective == "adjoint_matching" and config.num_regression_steps is not None:
-            return [{"steps": random_steps(environment.sampler, config.num_regression_steps, generator)}]
+        if config.objective == "direct_backprop" and config.num_kl_steps is not None:
+            return [{"kl_steps": random_steps(environment.sampler, config.num_kl_steps, generator, "num_kl_steps")}]
+        if config.objective == "adjoint_matching" and (config.num_regression_steps or config.adjoint_passes > 1):
+            each, passes = config.num_regression_steps, config.adjoint_passes
+            if passes * (each or 1) > count:
+                raise ValueError(
+                    f"adjoint_passes = {passes} of num_regression_steps = {each or 1} need {passes * (each or 1)} noisy steps, each its own; "
+                    f"there are {count}."
+                )
+            order = torch.tensor(random_steps(environment.sampler, count if each is None else passes * each, generator))
+            return [{"steps": part.tolist()} for part in order.tensor_split(passes)]
         if config.objective != "policy_gradient":
             return [{}]
         passes = []
@@ -412,6 +427,14 @@ class CTRLTrainer:
                 found.append(collect(self.policy, environment.sampler, batch, _agreed(environment), noise, lookahead=lookahead))
         batches = [batch for batch, _ in started]
         return less_baseline(found, batches, self._baseline(environment), self.config.gae_lambda)
+
+    def _targets(
+        self, environment: Environment, started: list[tuple[Batch, TrajectoryNoise]], steps: list[int]
+    ) -> Iterator[Targets]:
+        """adjoint_matching's targets of each micro-batch, of all steps that any pass learns from."""
+        for micro, (batch, noise) in enumerate(started):
+            with self._naming(micro, len(started)), self.policy.merged(self.config.merge_lora), self.accelerator.autocast():
+                yield collect_targets(self.policy, environment.sampler, batch, _agreed(environment), noise, steps=steps)
 
     def _baseline(self, environment: Environment) -> Baseline:
         shape = len(environment.labels), environment.num_prompts, len(environment.sampler.noisy_steps)

@@ -39,6 +39,7 @@ def _sum_but_first(value: torch.Tensor) -> torch.Tensor:
 class Transition:
     """N(mean, std²) over the next state. `mean` (B, *), `std` broadcastable to it; std = 0 means a deterministic step.
 
+    A std that is one number is kept on the host, so that what is asked of it does not wait for the device.
     denoised: the estimate of the clean sample that the step was made from, (B, *), clipped where the scheduler clips.
     """
 
@@ -296,7 +297,7 @@ def _ddim(
         noise = (x - math.sqrt(alpha) * clean) / math.sqrt(1 - alpha)
     # at a terminal signal of ~0 and eta = 1 the direction's weight is 0 up to rounding, which must not go below it
     direction = math.sqrt(max(1 - alpha_previous - variance, 0.0)) * noise
-    std = torch.tensor(math.sqrt(max(variance, 0.0)), dtype=x.dtype, device=x.device)
+    std = torch.tensor(math.sqrt(max(variance, 0.0)), dtype=x.dtype)
     return Transition(math.sqrt(alpha_previous) * clean + direction, std, clean)
 
 
@@ -319,11 +320,11 @@ def _ddpm(scheduler: DDPMScheduler, output: torch.Tensor, t: int | torch.Tensor,
     small = max((1 - alpha_previous) / (1 - alpha) * beta, 1e-20)
     if t == 0 or (alpha_previous == 1.0 and kind in ("fixed_small", "fixed_small_log")):
         # onto the clean sample: the posterior variance is 0, and its clamp at 1e-20 is no noise either
-        std = torch.zeros((), dtype=x.dtype, device=x.device)
+        std = torch.zeros((), dtype=x.dtype)
     elif kind in ("fixed_small", "fixed_small_log"):
-        std = torch.tensor(math.sqrt(small), dtype=x.dtype, device=x.device)
+        std = torch.tensor(math.sqrt(small), dtype=x.dtype)
     elif kind == "fixed_large":
-        std = torch.tensor(math.sqrt(beta), dtype=x.dtype, device=x.device)
+        std = torch.tensor(math.sqrt(beta), dtype=x.dtype)
     elif kind in ("learned", "learned_range") and predicted is not None:
         if kind == "learned":
             std = predicted.clamp_min(0).sqrt()
@@ -352,7 +353,7 @@ def _euler_ancestral(
     kind = scheduler.config.prediction_type
     clean = x - s * output if kind == "epsilon" else x / (s * s + 1) - s / math.sqrt(s * s + 1) * output
     clean_weight, state_weight, std = posterior_coefficients((1.0, s), (1.0, s_next))
-    return Transition(clean_weight * clean + state_weight * x, torch.tensor(std, dtype=x.dtype, device=x.device), clean)
+    return Transition(clean_weight * clean + state_weight * x, torch.tensor(std, dtype=x.dtype), clean)
 
 
 @transition.register
@@ -392,7 +393,7 @@ def _dpm_solver(scheduler: DPMSolverMultistepScheduler, output: torch.Tensor, t:
         noise_weight = 2 * b_next * (growth - 1)
         clean_weight, state_weight = noise_weight * a / b, a_next / a - noise_weight / b
         std = b_next * math.sqrt(growth * growth - 1)
-    return Transition(clean_weight * clean + state_weight * x, torch.tensor(std, dtype=x.dtype, device=x.device), clean)
+    return Transition(clean_weight * clean + state_weight * x, torch.tensor(std, dtype=x.dtype), clean)
 
 
 def _signal_and_noise(scheduler: DPMSolverMultistepScheduler, sigma: float) -> tuple[float, float]:
@@ -416,7 +417,7 @@ def _flow_match_euler(
     _check_settings(scheduler)
     s, s_next = _sigmas(scheduler, t)
     clean = x - s * output
-    return Transition((1 - s_next) * clean, torch.tensor(s_next, dtype=x.dtype, device=x.device), clean)
+    return Transition((1 - s_next) * clean, torch.tensor(s_next, dtype=x.dtype), clean)
 
 
 @transition.register

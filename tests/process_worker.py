@@ -32,6 +32,7 @@ from problems import (  # noqa: E402
 OBJECTIVES = {
     "direct_backprop": {"objective": "direct_backprop"},
     "adjoint_matching": {"objective": "adjoint_matching", "num_regression_steps": 3},
+    "adjoint_matching, twice": {"objective": "adjoint_matching", "num_regression_steps": 1, "adjoint_passes": 2},
     "policy_gradient": {"objective": "policy_gradient", "ppo_minibatches": 2},
     "policy_gradient with a critic": {"objective": "policy_gradient", "ppo_epochs": 1, "lookahead_critic": True, "gae_lambda": 0.5},
 }

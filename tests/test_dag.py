@@ -36,6 +36,7 @@ ORDER = (
     "classifiers",
     "rewards",
     "experience",
+    "adjoints",
     "objectives",
     "adapters",
     "sampling",

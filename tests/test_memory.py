@@ -194,6 +194,9 @@ def test_nothing_is_checkpointed_where_no_gradient_flows(monkeypatch):
     # sampling: 5 without a graph. Backwards: the base at 4 steps with one, at the first step without; the tuned model at 4
     adjoint = calls(lambda tuned: gradient(adjoint_matching, tuned, environment), monkeypatch)
     assert adjoint == {"graph": 8, "no graph": 6, "checkpoints": 8 * blocks}
+    # the way back ends at the earliest step that is regressed on: the base at the last step and, without a graph, at this one
+    late = calls(lambda tuned: gradient(adjoint_matching, tuned, environment, steps=[3]), monkeypatch)
+    assert late == {"graph": 2, "no graph": 6, "checkpoints": 2 * blocks}
     direct = calls(lambda tuned: gradient(direct_backprop, tuned, environment), monkeypatch)
     assert direct == {"graph": 8, "no graph": 6, "checkpoints": 8 * blocks}
     # sampling with both models, then the tuned one at 4 steps

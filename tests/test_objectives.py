@@ -13,6 +13,7 @@ from diffusers import (
 )
 
 from diffusers_ctrl import Categorical, CTRLConfig, CTRLTrainer, LabelSpace, MemorylessFlowMatchScheduler, Policy
+from diffusers_ctrl.adjoints import collect_targets
 from diffusers_ctrl.evaluation import certificate, draw_samples
 from diffusers_ctrl.experience import Baseline, NonFiniteError, collect, less_baseline
 from diffusers_ctrl.objectives import adjoint_matching, direct_backprop, policy_gradient, random_steps
@@ -84,22 +85,22 @@ def test_ancestral_euler_has_the_gradient_of_ddim_at_eta_one(objective):
 
 def test_adjoint_paired_with_its_own_step_would_be_wrong():
     """The control of step k goes with adjoint k + 1; k is visibly another gradient, so the test above can tell them apart."""
-    from diffusers_ctrl import objectives
+    from diffusers_ctrl import adjoints
 
     policy, environment = tiny_policy(), tiny_environment()
     right = gradient(adjoint_matching, policy, environment)
-    original = objectives.lean_adjoint
+    original = adjoints.lean_adjoint
 
     def shifted(*args):
         steps = list(original(*args))
         own = [adjoint for *_, adjoint in steps[1:]] + [torch.zeros_like(steps[-1][-1])]
         return [(*step[:-1], adjoint) for step, adjoint in zip(steps, own, strict=True)]
 
-    objectives.lean_adjoint = shifted
+    adjoints.lean_adjoint = shifted
     try:
         wrong = gradient(adjoint_matching, policy, environment)
     finally:
-        objectives.lean_adjoint = original
+        adjoints.lean_adjoint = original
     assert (wrong - right).norm() / right.norm() > 0.02
 
 
@@ -156,6 +157,19 @@ def test_regression_on_a_random_subset_of_steps_is_unbiased():
     assert abs(losses.mean() - full.item()) < 4 * losses.std() / len(losses) ** 0.5 + 1e-9
 
 
+@pytest.mark.parametrize("steps", [[3], [2, 3], [1, 0], None])
+def test_targets_that_are_kept_give_the_gradient_of_fresh_ones(steps):
+    """Bit for bit, though the adjoint of the kept ones is solved to the first step, and of the fresh ones to the earliest regressed on."""
+    policy, environment = tiny_policy(guidance_scale=2.0, perturb=0.1), tiny_environment()
+    fresh = gradient(adjoint_matching, policy, environment, steps=steps)
+    generator = torch.Generator().manual_seed(3)
+    batch = environment.draw(6, generator)
+    arguments = (policy, environment.sampler, batch, environment.log_likelihood, generator)
+    targets = collect_targets(*arguments, steps=range(4))
+    assert [k for k, *_ in targets.steps] == [3, 2, 1, 0]
+    assert torch.equal(gradient(adjoint_matching, policy, environment, steps=steps, targets=targets), fresh)
+
+
 def test_truncation_changes_the_gradient_and_is_checked():
     policy, environment = tiny_policy(perturb=0.1), tiny_environment()
     whole = gradient(direct_backprop, policy, environment)
@@ -165,6 +179,19 @@ def test_truncation_changes_the_gradient_and_is_checked():
         gradient(direct_backprop, policy, environment, truncation=6)
     with pytest.raises(ValueError, match="num_regression_steps must be between 1"):
         random_steps(environment.sampler, 5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_kl_of_random_steps_is_unbiased(checkpointing):
+    """Loss and gradient are linear in the steps that are counted: the mean over all choices of one step is the whole, to rounding."""
+    policy, environment = tiny_policy(guidance_scale=2.0, perturb=0.1, checkpointing=checkpointing), tiny_environment()
+    whole = gradient(direct_backprop, policy, environment)
+    torch.testing.assert_close(gradient(direct_backprop, policy, environment, kl_steps=[0, 1, 2, 3]), whole, rtol=1e-12, atol=1e-14)
+    single = torch.stack([gradient(direct_backprop, policy, environment, kl_steps=[i]) for i in range(4)])
+    torch.testing.assert_close(single.mean(0), whole, rtol=1e-9, atol=1e-12)
+    assert (single - whole).norm(dim=1).min() > 1e-3 * whole.norm()
+    with pytest.raises(ValueError, match="leave them out with truncation = 3"):
+        gradient(direct_backprop, policy, environment, truncation=3, kl_steps=[0])
 
 
 # -- policy gradient --

@@ -26,6 +26,7 @@ from diffusers_ctrl.preemption import EXIT_PREEMPTED, MARK_NAME
 ROOT = Path(__file__).resolve().parents[1]
 CASES = {
     "adjoint_matching": {"objective": "adjoint_matching", "num_regression_steps": 3, "gradient_accumulation_steps": 2},
+    "adjoint_matching, twice": {"objective": "adjoint_matching", "num_regression_steps": 2, "adjoint_passes": 2},
     "direct_backprop": {"objective": "direct_backprop", "coarse_updates": 5, "coarse_steps": 4},
     "policy_gradient": {"objective": "policy_gradient", "lookahead_critic": True, "gae_lambda": 0.5, "gamma_range": [0.5, 2.0]},
     "policy_gradient from coarse": {"objective": "policy_gradient", "coarse_updates": 5, "coarse_steps": 4, "ppo_epochs": 1},

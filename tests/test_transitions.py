@@ -422,6 +422,20 @@ def supported():
 
 
 @pytest.mark.parametrize("scheduler", supported(), ids=lambda value: type(value).__name__)
+def test_nothing_waits_for_the_device(scheduler):
+    """On the meta device a number that is asked of a tensor is an error: all that decides how a step goes on is on the host."""
+    output, x = torch.ones(2, 3, 4, 4, device="meta"), torch.ones(2, 3, 4, 4, device="meta")
+    for t in scheduler.timesteps:
+        tuned, base = transition(scheduler, output, t, x), transition(scheduler, output, t, x)
+        following = tuned.mean if tuned.is_deterministic else tuned.sample(noise=torch.ones_like(x))
+        kl = tuned.kl(base)
+        assert following.device.type == kl.device.type == "meta" and kl.shape == (2,)
+        if not tuned.is_deterministic:
+            assert tuned.log_prob(following).shape == tuned.log_ratio(base, following).shape == (2,)
+        model_input(scheduler, t, x)
+
+
+@pytest.mark.parametrize("scheduler", supported(), ids=lambda value: type(value).__name__)
 def test_a_transition_between_the_steps_of_a_pipeline_changes_nothing(scheduler):
     def loop(ask):
         scheduler.set_timesteps(4)

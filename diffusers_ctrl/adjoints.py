@@ -1,0 +1,107 @@
+"""The lean adjoint along trajectories of the tuned model: the targets of adjoint_matching (arXiv 2409.08861).
+
+a_K = −gamma ∇log p̂(x_K), a_k = (∂mu_pre/∂x_k)ᵀ a_{k+1}: once a trajectory is drawn, nothing here depends on the policy any more. So the
+targets of some of its steps can be kept, and several optimizer steps learn from them, as PPO learns from its trajectories; what is
+out of date in the later ones is only which states the policy would visit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .experience import LogLikelihood, checked
+from .paths import Path, backwards, gradients, walk
+from .policy import Policy
+from .randomness import RandomSource
+from .rollouts import Batch, Sampler, base_transition
+from .transitions import Transition
+
+
+Target = tuple[int, torch.Tensor, Transition, torch.Tensor]  # k, x_k, the base's transition at x_k, adjoint_{k+1}
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the controls of some steps are to be regressed on. Nothing in it has a graph.
+
+    steps: from the last to the first, each (k, x_k (B, C, *), the base's transition at x_k, adjoint_{k+1} (B, C, *)).
+    reward: log p̂(y | x_K), (B,) nats.
+    """
+
+    steps: tuple[Target, ...]
+    reward: torch.Tensor
+
+
+def differentiable(reward: torch.Tensor, name: str) -> torch.Tensor:
+    """The same reward. Raises ValueError where it has no gradient, naming the objective that needs it."""
+    if not reward.requires_grad:
+        raise ValueError(f"{name} needs the gradient of the log-likelihood, and this scorer has none: use policy_gradient.")
+    return reward
+
+
+def final_adjoint(
+    sample: torch.Tensor, batch: Batch, log_likelihood: LogLikelihood, name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """∂(−gamma log p̂)/∂x_K, (B, C, *), and log p̂, (B,) nats."""
+    with torch.enable_grad():
+        x = sample.detach().requires_grad_()
+        reward = differentiable(checked(log_likelihood(x, batch.labels)), name)
+        (adjoint,) = gradients([-(batch.gamma.to(reward) * reward).sum()], [x], [None])
+    return adjoint, reward.detach()
+
+
+def lean_adjoint(
+    policy: Policy, sampler: Sampler, batch: Batch, path: Path, adjoint: torch.Tensor, first: int = 0
+) -> Iterator[Target]:
+    """Solves the lean adjoint backwards along a trajectory, from adjoint = ∂(−gamma log p̂)/∂x_K down to step `first`.
+
+    Yields:
+        (k, x_k, the base's transition at x_k, adjoint_{k+1}) for k = K − 1 … first, with adjoint_k = ∂(−gamma log p̂)/∂x_k through the base.
+    """
+    for k, x, _ in backwards(policy, sampler, batch, path):
+        x = x.detach().requires_grad_(k > first)  # nobody asks for the adjoint below
+        following = adjoint
+        with policy.uncheckpointed(), torch.enable_grad():
+            base = base_transition(policy, sampler, batch, k, x)
+            if k > first:
+                (adjoint,) = gradients([base.mean], [x], [following])
+        base = Transition(base.mean.detach(), base.std.detach())
+        yield k, x.detach(), base, following
+        if k == first:
+            return
+
+
+def solved(
+    policy: Policy,
+    sampler: Sampler,
+    batch: Batch,
+    log_likelihood: LogLikelihood,
+    generator: RandomSource,
+    chosen: Sequence[int],
+) -> tuple[Iterator[Target], torch.Tensor]:
+    """The targets of the `chosen` steps k on fresh trajectories, from the last to the first as they are asked for; and log p̂, (B,) nats.
+
+    The adjoint is solved only as far back as the earliest of them.
+    """
+    path = walk(policy, sampler, batch, generator)
+    adjoint, reward = final_adjoint(path.sample, batch, log_likelihood, "adjoint_matching")
+    chosen = set(chosen)
+    found = lean_adjoint(policy, sampler, batch, path, adjoint, min(chosen))
+    return (target for target in found if target[0] in chosen), reward
+
+
+def collect_targets(
+    policy: Policy,
+    sampler: Sampler,
+    batch: Batch,
+    log_likelihood: LogLikelihood,
+    generator: RandomSource = None,
+    *,
+    steps: Sequence[int],
+) -> Targets:
+    """The targets of these noisy steps (0 … N−1) on fresh trajectories, to learn from several times."""
+    targets, reward = solved(policy, sampler, batch, log_likelihood, generator, [sampler.noisy_steps[i] for i in steps])
+    return Targets(tuple(targets), reward)

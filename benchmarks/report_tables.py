@@ -213,23 +213,22 @@ def step_time() -> str:
     path = RESULTS / "step_time_tiny.json"
     if not path.exists():
         return "Not run yet."
-    record = json.loads(path.read_text())
-    lines = []
-    for row in record["rows"]:
-        ratios = [f"{row[key]:.2f}" if key in row else "–" for key in ("time_over_official", "time_over_sampling")]
-        memory = [f"{row['mib']:.0f}", f"{row['memory_over_official']:.2f}" if "memory_over_official" in row else "–"]
-        lines.append([row["name"], str(row["steps"]), f"{row['seconds']:.2f}", *ratios, *memory, f"{row['rows']:.0f}"])
-    header = [
-        "",
-        "steps",
-        "seconds",
-        "of the official algorithm's",
-        "times sampling",
-        "MiB above the model",
-        "of the official's",
-        "U-Net rows",
+    record, lines = json.loads(path.read_text()), []
+    columns = [
+        ("seconds", 2),
+        ("time_over_official", 2),
+        ("time_over_sampling", 1),
+        ("mib", 0),
+        ("memory_over_official", 2),
+        ("rows", 0),
     ]
-    about = f"{record['threads']} threads, median of {record['rounds']} rounds of {record['repeats']} updates, commit {record['commit'][:7]}."
+    columns += [("optimizer_steps", 0), ("optimizer_step_over_official", 2)]
+    for row in sorted(record["rows"], key=lambda row: row["steps"]):
+        cells = [f"{row[key]:.{digits}f}" if key in row else "–" for key, digits in columns]
+        lines.append([row["name"], str(row["steps"]), *cells, str(len(row["rounds"]))])
+    header = ["one update", "K", "seconds", "/ official", "/ sampling", "MiB above the model", "/ official", "U-Net rows"]
+    header += ["optimizer steps", "seconds a step / official", "rounds"]
+    about = f"{record['threads']} threads, medians over rounds of the median of {record['repeats']} updates, commit {record['commit'][:7]}."
     return table(header, lines) + "\n\n" + about
 
 

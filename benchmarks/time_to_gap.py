@@ -91,19 +91,23 @@ def curve_of(
 
 
 def tuned_official(spec: dict[str, Any], settings: dict[str, Any], seed: int, cache: Path) -> tuple[dict[str, Any], list[dict]]:
-    """The settings with the KL weight and the learning rates that are best after `tuning_seconds`; and all that was tried."""
-    best, tried = dict(settings), []
-    for name in ("kl_weight", "learning_rates"):
-        values, found = settings[name], []
-        for value in values:
-            one = {**best, name: value} | ({"learning_rates": best["learning_rates"][0]} if name == "kl_weight" else {})
-            rates = dict(zip(("learning_rate", "label_learning_rate"), one["learning_rates"], strict=True))
-            point = curve_of(spec, {**one, **rates}, spec["tuning_seconds"], math.inf, seed, cache)["curve"][-1]
-            found.append((point["gap"], value))
-            tried.append({"kl_weight": one["kl_weight"], **rates, **point})
-        best[name] = min(found, key=lambda pair: pair[0])[1]
-    rates = dict(zip(("learning_rate", "label_learning_rate"), best["learning_rates"], strict=True))
-    return {**best, **rates}, tried
+    """The settings with the KL weight, and then the learning rates, that are best after `tuning_seconds`; and all that was tried."""
+    tried: list[tuple[dict[str, Any], Point]] = []
+
+    def attempt(kl_weight: float, rates: list[float]) -> None:
+        one = {"kl_weight": kl_weight, **dict(zip(("learning_rate", "label_learning_rate"), rates, strict=True))}
+        found = curve_of(spec, {**settings, **one}, spec["tuning_seconds"], math.inf, seed, cache)
+        tried.append((one, found["curve"][-1]))
+
+    def best() -> dict[str, Any]:
+        return min(tried, key=lambda pair: pair[1]["gap"])[0]
+
+    first, *others = settings["learning_rates"]
+    for kl_weight in settings["kl_weights"]:
+        attempt(kl_weight, first)
+    for rates in others:
+        attempt(best()["kl_weight"], rates)
+    return {**settings, **best()}, [{**one, **point} for one, point in tried]
 
 
 def run(spec: dict[str, Any], name: str, seed: int, cache: Path) -> dict[str, Any]:

@@ -36,6 +36,9 @@ from diffusers_ctrl.rollouts import Environment  # noqa: E402
 from digits_data import ATTRIBUTES, PROMPTS, digit_oracle, drawn_digits, oracle  # noqa: E402
 
 
+RECIPE_LABELS = 600  # of training/configs/digits_stroke.yaml
+
+
 @dataclass(frozen=True)
 class Labels:
     """What a classifier is fitted to. corrupted: the share whose label is another than the digit's own. members: of the classifier."""
@@ -92,18 +95,27 @@ def seen_digits(base: str) -> torch.Tensor:
     return round_trip(open_pipe(base), drawn_digits()[0])
 
 
+def epochs_for(labels: int, max_epochs: int) -> dict[str, int]:
+    """`fit_classifier`'s epochs and patience for so many labels. max_epochs: the recipe's, for its 600 labels.
+
+    Fewer labels get as many optimizer steps, not as many epochs: 80 epochs of 100 labels are 160 steps, and leave the classifier at chance.
+    """
+    epochs = max(max_epochs, round(max_epochs * RECIPE_LABELS / labels))
+    return {"max_epochs": epochs, "patience": max(1, epochs // 4)}
+
+
 def cached_classifier(base: str, labels: Labels, folder: Path, max_epochs: int = 80) -> tuple[Classifier, float]:
     """The recipe's classifier, fitted once for all runs with the same labels; and the seconds that this took."""
-    folder = (
-        folder / f"classifier-{labels.attribute}-{labels.count}-{labels.corrupted:g}-{labels.members}-{max_epochs}-{labels.seed}"
-    )
+    epochs = epochs_for(labels.count, max_epochs)
+    name = f"{labels.attribute}-{labels.count}-{labels.corrupted:g}-{labels.members}-{epochs['max_epochs']}-{labels.seed}"
+    folder = folder / f"classifier-{name}"
     if (folder / "seconds.json").is_file():
         return Classifier.from_pretrained(folder).eval().requires_grad_(False), json.loads((folder / "seconds.json").read_text())
     seen, started = seen_digits(base)[labels.rows], clock()
     set_seed(labels.seed)
     classifier = Classifier(labels.space.to_dict(), widths=(8, 16, 32), members=labels.members)
     given = labels.given().float().unsqueeze(1)
-    fit_classifier(classifier, seen, given, seed=labels.seed, max_epochs=max_epochs, progress=False)
+    fit_classifier(classifier, seen, given, seed=labels.seed, progress=False, **epochs)
     seconds = clock() - started
     classifier.save_pretrained(folder)
     (folder / "seconds.json").write_text(json.dumps(seconds))
@@ -153,9 +165,8 @@ def config_of(common: dict[str, Any], settings: dict[str, Any], seed: int, folde
     """The run's settings: `common` with the variant's own, those that are not CTRLConfig's left out."""
     every = {**common, **settings}
     chosen = {name: value for name, value in every.items() if name in CTRLConfig.__dataclass_fields__}
-    coarse = int(
-        bool(every.get("coarse_share"))
-    )  # so that the trainer makes a coarser law; how many updates is set once they are timed
+    # so that the trainer makes a coarser law; how many updates run on it is set once they are timed
+    coarse = int(bool(every.get("coarse_share")))
     fixed = {"report_to": "none", "checkpoint_every": 0, "seed": seed, "output_dir": str(folder)}
     return CTRLConfig(**{"coarse_updates": coarse, **chosen, **fixed})
 

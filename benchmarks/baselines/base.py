@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -20,15 +21,19 @@ from diffusers_ctrl.transitions import Transition
 Likelihood = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # images (n, C, H, W), labels (n, A) -> log p̂ (n,), nats
 
 
-@dataclass(frozen=True)
+@dataclass
 class Base:
-    """calls: rows that the denoiser was called with, `forward`, and those that it was differentiated for, `backward`."""
+    """calls: rows that the denoiser was called with, `forward`, and those that it was differentiated for, `backward`.
+
+    kl: while somebody asks (`pricing`), what the steps taken so far cost over the base's own, (n,) nats.
+    """
 
     pipe: DiffusionPipeline
     sampler: Sampler
     conditions: Condition
     decode: Decoder
     calls: Counter = field(default_factory=Counter)
+    kl: torch.Tensor | None = None
 
     @property
     def steps(self) -> int:
@@ -68,6 +73,27 @@ class Base:
         output = (alpha * x - clean) / sigma if self.predicts_v else (x - alpha * clean) / sigma
         return self.sampler.transition(output, self.sampler.timesteps[k], x)
 
+    @contextmanager
+    def pricing(self, n: int) -> Iterator[None]:
+        """Within the block a method that steps through `price` has the KL of its n trajectories to the base's in `kl`."""
+        self.kl, calls = torch.zeros(n), self.calls.copy()
+        try:
+            yield
+        finally:
+            self.kl, self.calls = None, calls
+
+    def price(self, mean: torch.Tensor, x: torch.Tensor, k: int, prompts: torch.Tensor) -> None:
+        """Notes a step from x to N(mean, std²) in place of the base's. Infinite where the base's has no noise and the mean is another."""
+        if self.kl is None:
+            return
+        with torch.no_grad():
+            own = self.step(x, self.clean(x, k, prompts), k)
+        apart = (mean - own.mean).square().flatten(1).sum(dim=1)
+        if own.is_deterministic:
+            self.kl = self.kl + torch.where(apart > 1e-10 * own.mean.square().flatten(1).sum(dim=1), torch.inf, 0.0)
+        else:
+            self.kl = self.kl + apart / (2 * torch.as_tensor(own.std).flatten()[0] ** 2)
+
     def draw(self, prompts: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Images of the base itself."""
         x = self.start(len(prompts), generator)
@@ -79,7 +105,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Labelled:
-    """The labelled images as the trained baselines learn from them. latents: (N, *); labels: (N, A); prompts: (N,) rows."""
+    """The labelled images as the trained baselines learn from them. latents: (N, *); labels: (N, A), NaN where unknown; prompts: (N,)."""
 
     latents: torch.Tensor
     labels: torch.Tensor
@@ -94,9 +120,9 @@ def encode(base: Base, images: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts) * vae.config.scaling_factor
 
 
-def noised(base: Base, clean: torch.Tensor, t: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clean latents taken to timestep t, and what the denoiser should answer there."""
-    alpha2 = base.sampler.scheduler.alphas_cumprod[t]
+def noised(base: Base, clean: torch.Tensor, t: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clean latents (n, *) taken to timesteps t (n,), and what the denoiser should answer there."""
+    alpha2 = base.sampler.scheduler.alphas_cumprod[t].view(-1, *[1] * (clean.ndim - 1))
     alpha, sigma = alpha2.sqrt(), (1 - alpha2).sqrt()
     noise = torch.randn(clean.shape, generator=generator)
     return alpha * clean + sigma * noise, alpha * noise - sigma * clean if base.predicts_v else noise

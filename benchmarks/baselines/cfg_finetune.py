@@ -3,18 +3,18 @@ label dropped at random, and at inference null + weight · (labelled − null). 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from diffusers_ctrl import LabelSpace, Policy
 
+from . import tuned
 from .base import Base, Labelled, noised
-from .tuned import new_policy, sample, updates_of
+from .tuned import new_policy, updates_of
 
 
-__all__ = ["fit", "sample"]
-
-
-LEVELS = 8  # the denoiser takes one timestep a call
+sample = partial(tuned.sample, base_ends=False)  # it is trained at every noise level
 
 
 def fit(
@@ -30,13 +30,12 @@ def fit(
 ) -> Policy:
     policy, generator = new_policy(base, space, seed), torch.Generator().manual_seed(seed)
     for step in updates_of(policy, updates, rate, "cfg fine-tuning"):
-        loss = torch.zeros(())
-        for t in torch.randint(1000, (LEVELS,), generator=generator).tolist():
-            rows = torch.randint(len(data.latents), (batch_size // LEVELS,), generator=generator)
-            x, target = noised(base, data.latents[rows], t, generator)
-            dropped = torch.rand(len(rows), 1, generator=generator) < dropout
-            labels = torch.where(dropped, torch.nan, data.labels[rows])
-            output = policy(x, torch.tensor(t), labels, None, base.conditions[data.prompts[rows]])
-            loss = loss + (output - target).square().mean() / LEVELS
-        step(loss)
+        times = torch.randint(1000, (batch_size,), generator=generator)
+        rows = torch.randint(len(data.latents), (batch_size,), generator=generator)
+        x, target = noised(base, data.latents[rows], times, generator)
+        dropped = torch.rand(batch_size, 1, generator=generator) < dropout
+        labels = torch.where(dropped, torch.nan, data.labels[rows])
+        with policy.merged():
+            output = policy(x, times, labels, None, base.conditions[data.prompts[rows]])
+            step((output - target).square().mean())
     return policy

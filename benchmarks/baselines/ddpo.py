@@ -31,7 +31,8 @@ def fit(
     """labels: (M, A), as frequent as each other; prompts are drawn uniformly. A minibatch is a share of the steps of all trajectories."""
     policy, generator = new_policy(base, space, seed), torch.Generator().manual_seed(seed)
     noisy = torch.tensor(base.sampler.noisy_steps)
-    steps = updates_of(policy, int(weight) * minibatches, rate, "DDPO")
+    parts = min(minibatches, len(noisy))
+    steps = updates_of(policy, int(weight) * parts, rate, "DDPO")
     for _ in range(int(weight)):
         rows = torch.arange(batch_size) % len(labels)
         batch = batch_of(base, labels[rows], torch.randint(len(base.conditions), (batch_size,), generator=generator), generator)
@@ -44,7 +45,7 @@ def fit(
             own = reward[rows == row]
             advantage[rows == row] = (own - own.mean()) / (own.std() + 1e-4)
         order = torch.randperm(len(noisy), generator=generator)
-        for part in order.tensor_split(minibatches):
+        for part in order.tensor_split(parts):
             loss = torch.zeros(())
             for i in part.tolist():
                 k = int(noisy[i])

@@ -50,7 +50,10 @@ def guided(
                     moved = clean.requires_grad_()
                     clean = (moved + mu * sigma**2 * slope(moved, moved)).detach()
             step = base.step(x, clean, k)
-            following = drawn(step, generator) + torch.as_tensor(step.std) ** 2 * push
+            shift = torch.as_tensor(step.std) ** 2 * push
+            if recurrences == 1:
+                base.price(step.mean + shift, x, k, prompts)
+            following = drawn(step, generator) + shift
             if round_ < recurrences - 1 and not last:
                 ratio = (alpha / next_alpha) ** 2
                 noise = torch.randn(x.shape, generator=generator)

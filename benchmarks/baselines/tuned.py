@@ -56,17 +56,26 @@ def sample(
     *,
     policy: Policy,
     weight: float = 1.0,
+    base_ends: bool = True,
 ) -> torch.Tensor:
-    """Images of the tuned model; with a weight, guidance on the label alone: null + weight · (labelled − null), both with the prompt."""
+    """Images of the tuned model; with a weight, guidance on the label alone: null + weight · (labelled − null), both with the prompt.
+
+    base_ends: whether the base takes the steps without noise, as it does where RL trains.
+    """
     labels, nobody = label.expand(len(prompts), -1), torch.full((len(prompts), len(label)), torch.nan)
     x, conditions = base.start(len(prompts), generator), base.conditions[prompts]
     with policy.merged():
         for k in range(base.steps):
             t = base.sampler.timesteps[k]
-            output = policy(x, t, labels, None, conditions)
             base.calls["forward"] += len(x)
-            if weight != 1.0:
-                output = torch.lerp(policy(x, t, nobody, None, conditions), output, weight)
-                base.calls["forward"] += len(x)
-            x = drawn(base.sampler.transition(output, t, x), generator)
+            if base_ends and k not in base.sampler.noisy_steps:
+                output = policy.reference(x, t, conditions)
+            else:
+                output = policy(x, t, labels, None, conditions)
+                if weight != 1.0:
+                    output = torch.lerp(policy(x, t, nobody, None, conditions), output, weight)
+                    base.calls["forward"] += len(x)
+            step = base.sampler.transition(output, t, x)
+            base.price(step.mean, x, k, prompts)
+            x = drawn(step, generator)
     return base.decode(x)

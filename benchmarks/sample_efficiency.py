@@ -29,13 +29,14 @@ from typing import Any
 import torch
 from baselines import cfg_finetune
 from baselines.base import Base, Labelled, encode, open_base
-from digits_runs import Labels, cached_classifier, config_of, drawn, make_trainer, open_pipe, train, unseen_figures
+from digits_runs import Labels, cached_classifier, config_of, make_trainer, open_pipe, train, unseen_figures
 from exact_reference import EXACT_DRAWS, Reference, distances, make_reference, mmd2, small, total_variation
 from experiment import arguments, clock, run_all
 
 from diffusers_ctrl import Classifier
 from diffusers_ctrl.accuracy import agreement
 from diffusers_ctrl.labels import label_grid
+from diffusers_ctrl.rollouts import rollout
 from digits_data import PROMPTS, digit_oracle, drawn_digits, oracle
 
 
@@ -81,8 +82,12 @@ def fit_ctrl(spec: dict[str, Any], labels: Labels, classifier: Classifier, folde
     seconds = train(trainer)
 
     def draw(gamma: float, per_label: int, seed: int) -> Images:
-        found = drawn(trainer, replace(trainer.environment, gamma=gamma, gamma_range=None), per_label, seed)
-        return list(found.images.split(per_label))
+        environment = replace(trainer.environment, gamma=gamma, gamma_range=None)
+        generator = torch.Generator().manual_seed(seed)
+        batch = environment.grid(per_label, generator)
+        with torch.no_grad(), trainer.policy.merged():
+            found = rollout(trainer.policy, environment.sampler, batch, generator, reference=False)
+            return list(environment.decode(found.sample).split(per_label))
 
     return Fitted(draw, spec["gammas"], {"seconds_training": seconds, "updates": trainer.update})
 

@@ -179,7 +179,8 @@ def test_the_official_algorithm_gets_its_best_weight_and_then_its_best_rates(mon
 
     monkeypatch.setattr(time_to_gap, "curve_of", curve_of)
     spec = experiment.read(experiment.EXPERIMENTS / "time_to_gap.yaml", smoke=False)
-    best, tried = time_to_gap.tuned_official(spec, spec["variants"]["official"], 0, Path())
+    settings = spec["variants"]["official"] | {"learning_rates": [[6e-3, 3e-2], [1e-3, 1e-2]]}
+    best, tried = time_to_gap.tuned_official(spec, settings, 0, Path())
     assert (best["kl_weight"], best["learning_rate"], best["label_learning_rate"]) == (6.4, 1e-3, 1e-2)
     rates = [one["learning_rate"] for one in tried]
     assert [one["kl_weight"] for one in tried] == [0.1, 6.4, 64, 6.4] and rates == [6e-3, 6e-3, 6e-3, 1e-3]

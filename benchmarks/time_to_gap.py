@@ -33,7 +33,7 @@ from experiment import arguments, run_all
 from official import official_objective
 
 from diffusers_ctrl import CTRLTrainer
-from diffusers_ctrl.evaluation import Samples, certificate, exact_law, judge
+from diffusers_ctrl.evaluation import certificate, exact_law, judge
 from diffusers_ctrl.objectives import OBJECTIVES
 from digits_data import oracle
 
@@ -49,10 +49,10 @@ def time_to(curve: Sequence[Point], level: float) -> float | None:
     return None
 
 
-def measure(trainer: CTRLTrainer, base: Samples, attribute: str, per_label: int, seed: int) -> Point:
-    """Gap to log Z of the base samples, nats, with its parts."""
+def measure(trainer: CTRLTrainer, law: dict[str, float], attribute: str, per_label: int, seed: int) -> Point:
+    """Gap to log Z of the base samples (`law`, from `exact_law`), nats, with its parts."""
     found = judge(drawn(trainer, trainer.environment, per_label, seed), trainer.environment, lambda x: oracle(attribute, x))
-    j, law = certificate(found, trainer.environment.gamma), exact_law(base, trainer.environment)
+    j = certificate(found, trainer.environment.gamma)
     accuracy = (found.measured[:, 0] == trainer.environment.labels[found.label_rows, 0]).double().mean().item()
     return {
         "gap": law["base_log_partition"] - j.objective,
@@ -60,8 +60,6 @@ def measure(trainer: CTRLTrainer, base: Samples, attribute: str, per_label: int,
         "objective": j.objective,
         "kl": found.kl.mean().item(),
         "accuracy": accuracy,
-        "log_partition": law["base_log_partition"],
-        "base_smallest_ess": law["base_smallest_ess"],
     }
 
 
@@ -75,7 +73,7 @@ def curve_of(
     config = config_of(spec["common"], settings, seed, cache / "run")
     classifier, _ = cached_classifier(spec["base"], labels, cache, spec["epochs"])
     trainer = make_trainer(spec["base"], classifier, config)
-    base = base_samples(trainer, spec["base_samples"], cache)
+    law = exact_law(base_samples(trainer, spec["base_samples"], cache), trainer.environment)
     fit_to_seconds(trainer, seconds, settings.get("coarse_share", 0.0))
     curve: list[Point] = []
 
@@ -83,11 +81,12 @@ def curve_of(
         last = update == config.max_updates
         if last or spent >= every * (len(curve) + 1):
             for noise in (1, 2) if last else (1,):
-                point = measure(trainer, base, spec["attribute"], spec["curve_samples"], noise)
+                point = measure(trainer, law, spec["attribute"], spec["curve_samples"], noise)
                 curve.append({"seconds": spent, "updates": update, **point})
 
     spent = train(trainer, look)
-    return {"curve": curve, "updates": trainer.update, "coarse_updates": config.coarse_updates, "seconds": spent}
+    about = {"updates": trainer.update, "coarse_updates": config.coarse_updates, "seconds": spent, **law}
+    return {**about, "curve_samples": spec["curve_samples"], "curve": curve}
 
 
 def tuned_official(spec: dict[str, Any], settings: dict[str, Any], seed: int, cache: Path) -> tuple[dict[str, Any], list[dict]]:

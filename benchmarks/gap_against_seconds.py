@@ -10,97 +10,28 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-import time
 from pathlib import Path
 
 import torch
 import yaml
-from accelerate.utils import set_seed
-from diffusers import DiffusionPipeline
+from digits_runs import Labels, cached_classifier, config_of, fit_to_seconds, make_trainer
 
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "training")]
-from diffusers_ctrl import Categorical, Classifier, CTRLConfig, CTRLTrainer, LabelSpace, Policy  # noqa: E402
-from diffusers_ctrl.adapters import resolve_folder  # noqa: E402
-from diffusers_ctrl.classifiers import fit_classifier  # noqa: E402
-from diffusers_ctrl.decoding import decoder, round_trip  # noqa: E402
-from diffusers_ctrl.evaluation import draw_samples, evaluate  # noqa: E402
-from diffusers_ctrl.recording import record_conditions  # noqa: E402
-from diffusers_ctrl.rewards import classifier_reward  # noqa: E402
-from digits_data import ATTRIBUTES, PROMPTS, drawn_digits, oracle  # noqa: E402
-from records import RESULTS, provenance, write_json  # noqa: E402
-
-
-def cached_classifier(base: str, attribute: str, num_labels: int, seed: int, folder: Path) -> Classifier:
-    """The recipe's classifier, fitted once for all variants of a seed."""
-    if (folder / "config.json").is_file():
-        return Classifier.from_pretrained(folder)
-    images, _ = drawn_digits()
-    rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:num_labels]
-    seen = round_trip(DiffusionPipeline.from_pretrained(resolve_folder(base)), images[rows])
-    set_seed(seed)
-    space = LabelSpace({attribute: Categorical(ATTRIBUTES[attribute])})
-    classifier = Classifier(space.to_dict(), widths=(8, 16, 32), members=3)
-    report = fit_classifier(classifier, seen, oracle(attribute, images[rows]).float().unsqueeze(1), seed=seed, max_epochs=80)
-    print(report.lines(), flush=True)
-    classifier.save_pretrained(folder)
-    return classifier
+from diffusers_ctrl.evaluation import draw_samples, evaluate
+from digits_data import ATTRIBUTES, oracle
+from records import RESULTS, provenance, write_json
 
 
 def run_variant(spec: dict, settings: dict, seconds: float, eval_samples: int, base_samples: int, cache: Path) -> dict:
     """Trains one variant for `seconds`, then measures it."""
-    base_name, attribute = spec["base"], spec["attribute"]
-    own = {k: v for k, v in settings.items() if k != "coarse_share"} | {"coarse_updates": int("coarse_share" in settings)}
-    config = CTRLConfig(**{**spec["common"], **own, "report_to": "none", "checkpoint_every": 0, "output_dir": str(cache / "run")})
-    classifier = cached_classifier(
-        base_name, attribute, spec["num_labels"], config.seed, cache / f"classifier-{attribute}-{config.seed}"
-    )
-    pipe = DiffusionPipeline.from_pretrained(resolve_folder(base_name))
-    for component in (pipe.unet, pipe.vae, pipe.text_encoder):
-        component.requires_grad_(False)
-    set_seed(config.seed)
-    policy = Policy(
-        pipe.unet,
-        label_space=LabelSpace({attribute: Categorical(ATTRIBUTES[attribute])}),
-        lora_rank=config.lora_rank,
-        lora_targets=config.lora_targets,
-        guidance_scale=config.guidance_scale,
-    )
-    conditions = record_conditions(
-        pipe, PROMPTS, num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale
-    )
-    trainer = CTRLTrainer(
-        policy,
-        pipe.scheduler,
-        classifier_reward(classifier),
-        config,
-        shape=conditions.shape,
-        decode=decoder(pipe),
-        prompt_embeds=conditions,
-    )
-    learning_rates, trainer.peaks = trainer.peaks, [0.0, 0.0]  # timed without moving
-    share = settings.get("coarse_share", 0.0)
-
-    def seconds_of_an_update(coarse: bool) -> float:
-        config.coarse_updates = trainer.update + 1 if coarse else 0
-        probe = []
-        for _ in range(3):
-            started = time.perf_counter()
-            trainer._step()
-            probe.append(time.perf_counter() - started)
-        return min(probe)
-
-    coarse_updates = int(share * seconds / seconds_of_an_update(True)) if share else 0
-    fine_updates = max(1, int((1 - share) * seconds / seconds_of_an_update(False)))
-    trainer.peaks = learning_rates
-    trainer.optimizer.state.clear()
-    config.coarse_updates, config.max_updates = coarse_updates, coarse_updates + fine_updates
+    attribute, every = spec["attribute"], {**spec["common"], **settings}
+    config = config_of(spec["common"], settings, every.get("seed", 0), cache / "run")
+    classifier, _ = cached_classifier(spec["base"], Labels(attribute, spec["num_labels"], config.seed), cache)
+    trainer = make_trainer(spec["base"], classifier, config)
+    fit_to_seconds(trainer, seconds, every.get("coarse_share", 0.0))
     history = trainer.train()
     generator = torch.Generator().manual_seed(12345)
-    tuned = draw_samples(policy, trainer.environment, eval_samples, generator, progress=False)
-    base = draw_samples(policy, trainer.environment, base_samples // 3, generator, tuned=False, progress=False)
+    tuned = draw_samples(trainer.policy, trainer.environment, eval_samples, generator, progress=False)
+    base = draw_samples(trainer.policy, trainer.environment, base_samples // 3, generator, tuned=False, progress=False)
     metrics = evaluate(
         tuned, base, trainer.environment, list(ATTRIBUTES[attribute]), oracle=lambda images: oracle(attribute, images)
     )
@@ -127,6 +58,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="results file; benchmarks/results/NAME.json by default")
     parser.add_argument("--cache", type=Path, default=Path("runs/benchmarks"))
     args = parser.parse_args()
+    torch.set_num_threads(1)  # the updates are counted out in seconds of one thread
     spec = yaml.safe_load(args.experiment.read_text())
     output = args.output or RESULTS / f"{args.experiment.stem}.json"
     results = json.loads(output.read_text()) if output.is_file() else {"variants": {}}

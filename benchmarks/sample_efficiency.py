@@ -1,0 +1,217 @@
+"""Accuracy and distance to the truth against the number of labelled digits: CTRL, and classifier-free-guidance fine-tuning on the same images.
+
+    python benchmarks/sample_efficiency.py [--only ctrl-n100 cfg-n100 …] [--seeds 0 …] [--smoke]     # experiments/sample_efficiency.yaml
+
+A variant is METHOD-nN. CTRL fits a calibrated classifier to N labelled images, nothing else, and trains for a range of gamma on the base's prompts; CFG
+is fine-tuned on the N images, each with its label *and its digit as prompt*, which is more than CTRL is told. Both train for a fixed
+number of updates, whatever N, of about the same seconds.
+
+Each has one number at inference, gamma or the guidance weight (and for CFG how many updates were best), and gets the same validation budget for it: `validation` images a label for each value
+tried. Rows of a result: `plain`, the value 1, which is what Bayes says; the best total variation to the truth, which takes the oracle; and
+the best accuracy by the classifier fitted to the same N labels, which any user could do.
+
+The truth is the same for all N and both methods: base samples whose exact class is the label, that is p(y | x) = 1 where the oracle reads y, else 0.
+Distances as in exact_reference.py, with their floors; standard errors by a jackknife over ten groups, binomial for accuracies.
+
+Writes results/sample_efficiency/VARIANT-seedN.json.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from baselines import cfg_finetune
+from baselines.base import Base, Labelled, encode, open_base
+from digits_runs import Labels, cached_classifier, config_of, make_trainer, open_pipe, train, unseen_figures
+from exact_reference import EXACT_DRAWS, Reference, distances, make_reference, mmd2, small, total_variation
+from experiment import arguments, clock, run_all
+
+from diffusers_ctrl import Classifier
+from diffusers_ctrl.accuracy import agreement
+from diffusers_ctrl.labels import label_grid
+from diffusers_ctrl.rollouts import rollout
+from digits_data import PROMPTS, digit_oracle, drawn_digits, oracle
+
+
+Images = list[torch.Tensor]  # of each label
+Draw = Callable[[Any, int, int], Images]  # value that is tuned, images a label, seed -> images
+IMPOSSIBLE = -60.0  # nats of a class that the oracle does not read: a number, so that a tiny pool without a class still has a law
+GROUPS, BATCH = 10, 100
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """values: what is tried of the number that is tuned, the plain one first. about: what the training was, for the result."""
+
+    draw: Draw
+    values: list[Any]
+    about: dict[str, Any]
+
+
+def true_likelihood(attribute: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """log p(y | x) of the exact oracle: 0 where it reads y."""
+
+    def likelihood(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return torch.where(oracle(attribute, images) == labels[:, 0], 0.0, IMPOSSIBLE)
+
+    return likelihood
+
+
+@cache
+def opened(base: str, steps: int) -> Base:
+    return open_base(open_pipe(base), list(PROMPTS), steps)
+
+
+@cache
+def truth(base: str, steps: int, attribute: str, count: int, pool: Path) -> Reference:
+    """The one law that everything is compared with."""
+    rows = label_grid(Labels(attribute, 1, 0).space).labels
+    return make_reference(opened(base, steps), true_likelihood(attribute), rows, 1.0, attribute, count, pool)
+
+
+def fit_ctrl(spec: dict[str, Any], labels: Labels, classifier: Classifier, folder: Path) -> Fitted:
+    config = config_of(spec["train"], {}, labels.seed, folder)
+    trainer = make_trainer(spec["base"], classifier, config)
+    seconds = train(trainer)
+
+    def draw(gamma: float, per_label: int, seed: int) -> Images:
+        environment = replace(trainer.environment, gamma=gamma, gamma_range=None)
+        generator = torch.Generator().manual_seed(seed)
+        batch = environment.grid(per_label, generator)
+        with torch.no_grad(), trainer.policy.merged():
+            found = rollout(trainer.policy, environment.sampler, batch, generator, reference=False)
+            return list(environment.decode(found.sample).split(per_label))
+
+    return Fitted(draw, spec["gammas"], {"seconds_training": seconds, "updates": trainer.update})
+
+
+def fit_cfg(spec: dict[str, Any], labels: Labels, _: Classifier, __: Path) -> Fitted:
+    base, (images, digits) = opened(spec["base"], spec["train"]["num_inference_steps"]), drawn_digits()
+    data = Labelled(encode(base, images[labels.rows]), labels.given().float().unsqueeze(1), torch.as_tensor(digits)[labels.rows])
+    policies, seconds = {}, {}
+    for updates in spec["cfg_updates"]:
+        started = clock()
+        policies[updates] = cfg_finetune.fit(base, labels.space, data, updates=updates, seed=labels.seed)
+        seconds[updates] = clock() - started
+
+    def draw(value: tuple[int, float], per_label: int, seed: int) -> Images:
+        (updates, weight), out = value, []
+        for row in range(len(label_grid(labels.space).labels)):
+            generator, prompts = torch.Generator().manual_seed(1000 * seed + row), torch.arange(per_label) % len(PROMPTS)
+            options = {"policy": policies[updates], "weight": weight}
+            parts = [
+                cfg_finetune.sample(base, None, torch.tensor([float(row)]), part, generator, **options)
+                for part in prompts.split(BATCH)
+            ]
+            out.append(torch.cat(parts))
+        return out
+
+    values = list(product(reversed(spec["cfg_updates"]), spec["cfg_weights"]))  # plain: all updates, weight 1
+    about = {"seconds_training": sum(seconds.values()), "seconds_by_updates": {str(k): v for k, v in seconds.items()}}
+    return Fitted(draw, values, about)
+
+
+METHODS = {"ctrl": fit_ctrl, "cfg": fit_cfg}
+
+
+def jackknife(statistic: Callable[[torch.Tensor], float], count: int) -> float:
+    """Standard error of a statistic of `count` rows (given as their indices), by leaving out one of ten groups of neighbours at a time."""
+    rows = torch.arange(count)
+    parts = rows.tensor_split(min(GROUPS, count))
+    values = torch.tensor([statistic(rows[~torch.isin(rows, part)]) for part in parts], dtype=torch.float64)
+    return math.sqrt((len(parts) - 1) / len(parts) * (values - values.mean()).square().sum().item())
+
+
+def distances_with_errors(reference: Reference, images: Images, seed: int) -> dict[str, float]:
+    """Means over the labels of `distances`, with standard errors."""
+    generator, rows = torch.Generator().manual_seed(seed), []
+    for label, own in enumerate(images):
+        found = distances(reference, label, own, generator)
+        law, cells, pictures = reference.law(label), reference.cells_of(own), small(own)
+        exact = reference.features[reference.draws(label, EXACT_DRAWS, generator)]
+        found["tv_se"] = jackknife(lambda kept, c=cells, p=law: total_variation(c[kept], p), len(own))
+        found["mmd2_se"] = jackknife(lambda kept, x=pictures, y=exact: mmd2(x[kept], y), len(own))
+        rows.append(found)
+    out = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0] if not name.endswith("_se")}
+    return out | {name: math.sqrt(sum(row[name] ** 2 for row in rows)) / len(rows) for name in rows[0] if name.endswith("_se")}
+
+
+def judged(reference: Reference, labels: Labels, images: Images, seed: int) -> dict[str, Any]:
+    """One row's figures, by the exact oracles."""
+    pictures, per_label = torch.cat(images), len(images[0])
+    asked = torch.arange(len(images)).repeat_interleave(per_label).double().unsqueeze(1)
+    found = oracle(labels.attribute, pictures).double().unsqueeze(1)
+    obeyed = (digit_oracle(pictures) == torch.arange(per_label).remainder(len(PROMPTS)).repeat(len(images))).double()
+    out: dict[str, Any] = {k: v for k, v in agreement(labels.space, asked, found).items() if k in ("accuracy", "macro_f1")}
+    out["by_label"] = [part.mean().item() for part in (found == asked).double().split(per_label)]
+    out["accuracy_se"] = math.sqrt(sum(p * (1 - p) / per_label for p in out["by_label"])) / len(images)
+    out["prompt_accuracy"], out["prompt_accuracy_se"] = obeyed.mean().item(), (obeyed.std() / math.sqrt(len(obeyed))).item()
+    return out | distances_with_errors(reference, images, seed)
+
+
+@torch.no_grad()
+def classifier_accuracy(classifier: Classifier, images: Images) -> float:
+    right = [(classifier.log_probs(own)[0].argmax(dim=1) == row).double().mean().item() for row, own in enumerate(images)]
+    return sum(right) / len(right)
+
+
+def chosen(
+    fitted: Fitted, reference: Reference, classifier: Classifier, validation: int
+) -> tuple[dict[Any, list[str]], list[dict]]:
+    """{value: what it is the best for}, and all that was tried."""
+    tried = []
+    for value in fitted.values:
+        images, generator = fitted.draw(value, validation, 1), torch.Generator().manual_seed(0)
+        apart = [distances(reference, row, own, generator)["tv"] for row, own in enumerate(images)]
+        tried.append(
+            {"value": value, "tv": sum(apart) / len(apart), "classifier_accuracy": classifier_accuracy(classifier, images)}
+        )
+    best = {
+        "plain": fitted.values[0],
+        "distance": min(tried, key=lambda one: one["tv"])["value"],
+        "accuracy": max(tried, key=lambda one: one["classifier_accuracy"])["value"],
+    }
+    return {value: [aim for aim, of in best.items() if of == value] for value in dict.fromkeys(best.values())}, tried
+
+
+def run(spec: dict[str, Any], name: str, seed: int, folder: Path, pool: Path) -> dict[str, Any]:
+    method, count = name.split("-n")
+    labels = Labels(spec["attribute"], int(count), seed)
+    classifier, seconds = cached_classifier(spec["base"], labels, folder, spec["epochs"])
+    about = {"seconds_classifier": seconds, "classifier": unseen_figures(spec["base"], labels, classifier)}
+    fitted = METHODS[method](spec, labels, classifier, folder / "run")
+    reference = truth(spec["base"], spec["train"]["num_inference_steps"], spec["attribute"], spec["base_samples"], pool)
+    best, tried = chosen(fitted, reference, classifier, spec["validation"])
+    rows = [
+        {"value": value, "tuned_for": aims, **judged(reference, labels, fitted.draw(value, spec["outputs"], 2), 3)}
+        for value, aims in best.items()
+    ]
+    about |= {"method": method, "num_labels": int(count), **fitted.about}
+    return {**about, **{key: spec[key] for key in ("outputs", "validation", "base_samples")}, "rows": rows, "tried": tried}
+
+
+def line(record: dict[str, Any]) -> str:
+    rows = [
+        f"{'+'.join(row['tuned_for'])} {row['value']}: accuracy {row['accuracy']:.3f} ± {row['accuracy_se']:.3f}, TV {row['tv']:.3f} "
+        f"(floor {row['tv_floor']:.3f}), MMD² {row['mmd2']:.4f}, digit {row['prompt_accuracy']:.3f}"
+        for row in record["rows"]
+    ]
+    return f"{record['seconds_training']:.0f} s  " + "; ".join(rows)
+
+
+def main(given: list[str] | None = None) -> None:
+    args = arguments("sample_efficiency", __doc__, given)
+    pool = args.cache / f"base-samples-{args.spec['base_samples']}.pt"
+    variants = {f"{method}-n{n}": None for n in args.spec["num_labels"] for method in METHODS}
+    run_all(args, variants, lambda name, seed: run(args.spec, name, seed, args.cache, pool), line)
+
+
+if __name__ == "__main__":
+    main()

@@ -73,7 +73,7 @@ def opened(base: str, steps: int) -> Base:
 def truth(base: str, steps: int, attribute: str, count: int, pool: Path) -> Reference:
     """The one law that everything is compared with."""
     rows = label_grid(Labels(attribute, 1, 0).space).labels
-    return make_reference(opened(base, steps), true_likelihood(attribute), rows, 1.0, attribute, count, pool)
+    return make_reference(opened(base, steps), true_likelihood(attribute), rows, 1.0, [attribute], count, pool)
 
 
 def fit_ctrl(spec: dict[str, Any], labels: Labels, classifier: Classifier, folder: Path) -> Fitted:

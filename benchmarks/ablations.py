@@ -2,7 +2,7 @@
 
     python benchmarks/ablations.py [--only VARIANT …] [--seeds 0 …] [--smoke]      # experiments/ablations.yaml
 
-All variants get the same seconds of training (CPU seconds of one thread), the same labels and seed, and differ from `default` in what their
+All variants get the same seconds of training (as a quiet core would take them, `price_of` in digits_runs.py), the same labels and seed, and differ from `default` in what their
 name says. The gap is to the exact law of the variant's own p̂, gamma and number of steps; accuracy and `exact_accuracy`, that law's own, are by the
 exact oracle, which a wrong p̂ does not share. So corrupted labels show in `exact_accuracy`, what training leaves over in the gap.
 
@@ -14,6 +14,7 @@ Writes results/ablations/VARIANT-seedN.json.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,8 @@ def run(spec: dict[str, Any], name: str, seed: int, cache: Path) -> dict[str, An
     config = config_of(spec["common"], settings, seed, cache / "run")
     trainer = make_trainer(spec["base"], classifier, config)
     base = base_samples(trainer, spec["base_samples"], cache)
-    fit_to_seconds(trainer, spec["seconds"], {**spec["common"], **settings}["coarse_share"])
-    seconds = train(trainer)
+    price = fit_to_seconds(trainer, spec["seconds"], {**spec["common"], **settings}["coarse_share"])
+    cpu = train(trainer)
     found = figures(trainer, spec["attribute"], drawn(trainer, trainer.environment, spec["eval_samples"], 5), base)
     metrics = {key: found[key] for name in NAMES for key in (name, f"{name}_se") if key in found}
     metrics |= {f"{key}_is_lower_bound": key in lower_bounds(found) for key in ("gap", "gap_from_base")}
@@ -59,7 +60,9 @@ def run(spec: dict[str, Any], name: str, seed: int, cache: Path) -> dict[str, An
         "changed": settings,
         "updates": trainer.update,
         "coarse_updates": config.coarse_updates,
-        "seconds": seconds,
+        "seconds": price.of(trainer.update, config.coarse_updates),
+        "seconds_cpu": cpu,
+        "seconds_an_update": asdict(price),
         "seconds_asked": spec["seconds"],
         "classifier": {**unseen_figures(spec["base"], labels, classifier), "fitted_temperature": fitted},
         "metrics": metrics,

@@ -1,6 +1,7 @@
 """What the learning experiments on the embedded digits share: labels, classifiers, a training of so many seconds, samples of the base.
 
-Seconds are CPU seconds of one thread, which are those of a core that has nothing else to do.
+Seconds are those of one thread on a core that has nothing else to do. A shared core is slower even in CPU seconds, by up to three times here, so
+that what a training costs is measured in calls of the base (`price_of`).
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ from diffusers_ctrl.rollouts import Environment  # noqa: E402
 from digits_data import ATTRIBUTES, PROMPTS, digit_oracle, drawn_digits, oracle  # noqa: E402
 
 
+BASE_STEP = (
+    0.025  # seconds of a call of the base, 32 rows, where the results were made: a core to itself, its other hyperthread busy
+)
 RECIPE_LABELS = 600  # of training/configs/digits_stroke.yaml
 
 
@@ -171,38 +175,71 @@ def config_of(common: dict[str, Any], settings: dict[str, Any], seed: int, folde
     return CTRLConfig(**{"coarse_updates": coarse, **chosen, **fixed})
 
 
-def fit_to_seconds(trainer: CTRLTrainer, seconds: float, coarse_share: float) -> None:
-    """Sets the number of updates, and with it the learning rate's cosine, from the time that updates take. Nothing is learned here.
+@dataclass(frozen=True)
+class Price:
+    """Seconds of an update on the coarser law, and of one on the trainer's own, on a core that has nothing else to do."""
 
-    coarse_share: of the seconds, spent on the trainer's coarser law first.
+    coarse: float
+    fine: float
+
+    def of(self, updates: int, coarse_updates: int) -> float:
+        """Seconds of the first so many updates."""
+        coarse = min(updates, coarse_updates)
+        return coarse * self.coarse + (updates - coarse) * self.fine
+
+
+def base_step(trainer: CTRLTrainer) -> float:
+    """CPU seconds that one call of the base takes now, 32 rows: the yardstick."""
+    environment = trainer.environment
+    batch = environment.draw(32, torch.Generator().manual_seed(0))
+    started = clock()
+    with torch.no_grad():
+        trainer.policy.reference(batch.noise, environment.sampler.timesteps[0], batch.prompt_embeds)
+    return clock() - started
+
+
+def price_of(trainer: CTRLTrainer, coarse: bool) -> Price:
+    """What updates cost, from the least of a few, measured in calls of the base that are timed in between. Nothing is learned here.
+
+    Both slow down together where a core is shared, by up to three times here; their ratio is what a quiet core would show.
     """
     config, (peaks, trainer.peaks) = trainer.config, (trainer.peaks, [0.0, 0.0])
 
-    def seconds_of_an_update(coarse: bool) -> float:
-        config.coarse_updates = trainer.update + 1 if coarse else 0
-        taken = []
+    def seconds_of_an_update(on_coarse: bool) -> float:
+        config.coarse_updates = trainer.update + 1 if on_coarse else 0
+        updates, calls = [], []
         for _ in range(3):
+            calls += [base_step(trainer) for _ in range(5)]
             started = clock()
             trainer._step()
-            taken.append(clock() - started)
-        return min(taken)
+            updates.append(clock() - started)
+        return min(updates) / min(calls) * BASE_STEP
 
-    coarse = int(coarse_share * seconds / seconds_of_an_update(True)) if coarse_share else 0
-    fine = max(1, int((1 - coarse_share) * seconds / seconds_of_an_update(False)))
+    found = Price(seconds_of_an_update(True) if coarse else 0.0, seconds_of_an_update(False))
     trainer.peaks, trainer.baseline = peaks, None
     trainer.optimizer.state.clear()
-    config.coarse_updates, config.max_updates = coarse, coarse + fine
+    return found
 
 
-def train(trainer: CTRLTrainer, look: Callable[[int, float], None] | None = None) -> float:
-    """Trains to the end; returns the seconds of the updates alone. look: called with (update, seconds so far) after each; not counted."""
+def fit_to_seconds(trainer: CTRLTrainer, seconds: float, coarse_share: float) -> Price:
+    """Sets the number of updates, and with it the learning rate's cosine, to what these seconds pay for.
+
+    coarse_share: of the seconds, spent on the trainer's coarser law first.
+    """
+    price, config = price_of(trainer, coarse_share > 0), trainer.config
+    config.coarse_updates = int(coarse_share * seconds / price.coarse) if coarse_share else 0
+    config.max_updates = config.coarse_updates + max(1, int((1 - coarse_share) * seconds / price.fine))
+    return price
+
+
+def train(trainer: CTRLTrainer, look: Callable[[int], None] = lambda update: None) -> float:
+    """Trains to the end; returns the CPU seconds of the updates alone. look: called with the update after each; not counted."""
     spent, since = 0.0, clock()
 
     def hook(update: int, policy: Policy) -> None:
         nonlocal spent, since
         spent += clock() - since
-        if look is not None:
-            look(update, spent)
+        look(update)
         since = clock()
 
     trainer.save_images, trainer.config.sample_every = hook, 1

@@ -3,11 +3,12 @@
     python benchmarks/time_to_gap.py [--only VARIANT …] [--seeds 0 …] [--smoke]      # experiments/time_to_gap.yaml
 
 Same base, classifier, LoRA, batch and optimizer for all; a cosine over each run's own number of updates, which is what fits into the seconds. The gap is
-log Z, from base samples, minus J on fresh trajectories, which are not counted in the seconds (CPU seconds of one thread). A threshold is reached at the
-first point below it whose next point is below it too. The last point is measured twice, on other noise.
+log Z, from base samples, minus J on fresh trajectories, which are not counted. Seconds are updates times what one costs on a quiet core (`price_of` in
+digits_runs.py). A threshold is reached at the first point below it whose next point is below it too. The last point is measured twice, on
+other noise.
 
-The official algorithm (official.py) runs as its authors run it, but for what that file says. It is given the KL weight, and then the learning
-rate, with which it is best after `tuning_seconds`. It has no coarse start.
+The official algorithm (official.py) runs as its authors run it, but for what that file says, once with each of a few KL weights, of which the best
+counts. It has no coarse start.
 
 Writes results/time_to_gap/VARIANT-seedN.json: curve, seconds to each threshold (null: not within `seconds`).
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -63,59 +65,30 @@ def measure(trainer: CTRLTrainer, law: dict[str, float], attribute: str, per_lab
     }
 
 
-def curve_of(
-    spec: dict[str, Any], settings: dict[str, Any], seconds: float, every: float, seed: int, cache: Path
-) -> dict[str, Any]:
-    """Trains one variant for so many seconds; a point about every `every` of them."""
-    labels = Labels(spec["attribute"], spec["num_labels"], seed)
+def run(spec: dict[str, Any], name: str, seed: int, cache: Path) -> dict[str, Any]:
+    """Trains one variant; a point about every `every` seconds."""
+    settings, labels = spec["variants"][name], Labels(spec["attribute"], spec["num_labels"], seed)
     if settings["objective"] == "official":
         OBJECTIVES["official"] = official_objective(1.0, settings["kl_weight"], seed)
     config = config_of(spec["common"], settings, seed, cache / "run")
     classifier, _ = cached_classifier(spec["base"], labels, cache, spec["epochs"])
     trainer = make_trainer(spec["base"], classifier, config)
     law = exact_law(base_samples(trainer, spec["base_samples"], cache), trainer.environment)
-    fit_to_seconds(trainer, seconds, settings.get("coarse_share", 0.0))
+    price = fit_to_seconds(trainer, spec["seconds"], settings.get("coarse_share", 0.0))
     curve: list[Point] = []
 
-    def look(update: int, spent: float) -> None:
-        last = update == config.max_updates
-        if last or spent >= every * (len(curve) + 1):
+    def look(update: int) -> None:
+        last, spent = update == config.max_updates, price.of(update, config.coarse_updates)
+        if last or spent >= spec["every"] * (len(curve) + 1):
             for noise in (1, 2) if last else (1,):
                 point = measure(trainer, law, spec["attribute"], spec["curve_samples"], noise)
                 curve.append({"seconds": spent, "updates": update, **point})
 
-    spent = train(trainer, look)
-    about = {"updates": trainer.update, "coarse_updates": config.coarse_updates, "seconds": spent, **law}
+    cpu = train(trainer, look)
+    times = {f"{level:g}": time_to(curve, level) for level in spec["thresholds"]}
+    about = {"settings": {**spec["common"], **settings}, "thresholds": times, "seconds": curve[-1]["seconds"], "seconds_cpu": cpu}
+    about |= {"updates": trainer.update, "coarse_updates": config.coarse_updates, "seconds_an_update": asdict(price), **law}
     return {**about, "curve_samples": spec["curve_samples"], "curve": curve}
-
-
-def tuned_official(spec: dict[str, Any], settings: dict[str, Any], seed: int, cache: Path) -> tuple[dict[str, Any], list[dict]]:
-    """The settings with the KL weight, and then the learning rates, that are best after `tuning_seconds`; and all that was tried."""
-    tried: list[tuple[dict[str, Any], Point]] = []
-
-    def attempt(kl_weight: float, rates: list[float]) -> None:
-        one = {"kl_weight": kl_weight, **dict(zip(("learning_rate", "label_learning_rate"), rates, strict=True))}
-        found = curve_of(spec, {**settings, **one}, spec["tuning_seconds"], math.inf, seed, cache)
-        tried.append((one, found["curve"][-1]))
-
-    def best() -> dict[str, Any]:
-        return min(tried, key=lambda pair: pair[1]["gap"])[0]
-
-    first, *others = settings["learning_rates"]
-    for kl_weight in settings["kl_weights"]:
-        attempt(kl_weight, first)
-    for rates in others:
-        attempt(best()["kl_weight"], rates)
-    return {**settings, **best()}, [{**one, **point} for one, point in tried]
-
-
-def run(spec: dict[str, Any], name: str, seed: int, cache: Path) -> dict[str, Any]:
-    settings, tried = spec["variants"][name], None
-    if settings["objective"] == "official":
-        settings, tried = tuned_official(spec, settings, seed, cache)
-    found = curve_of(spec, settings, spec["seconds"], spec["every"], seed, cache)
-    times = {f"{level:g}": time_to(found["curve"], level) for level in spec["thresholds"]}
-    return {"settings": {**spec["common"], **settings}, "thresholds": times, **found, **({} if tried is None else {"tried": tried})}
 
 
 def line(record: dict[str, Any]) -> str:

@@ -110,6 +110,32 @@ def peers_table(setting: str) -> str:
     return "\n".join([table(header, lines), "", *about])
 
 
+BACKWARD = ("MPGD",)  # through the classifier and the decoder, though not through the denoiser, which is what `calls` counts
+
+
+def peers_short(setting: str = "stroke") -> str:
+    """For the README: each method's accuracy where it is tuned for that, its distance where it is tuned for that, and what they cost."""
+    found = [one for one in read("peers") if one["setting"] == setting]
+    lines = []
+    for method in sorted({one["method"] for one in found}, key=lambda name: -best_accuracy(found, name)):
+        rows = dict(method_rows(found, method))
+        near, sharp = rows.get("distance", rows.get("")), rows.get("accuracy", rows.get(""))
+        gradients = any(row["backward_calls"] for row in near) or method in (*BACKWARD, "classifier guidance")
+        cost = f"{span(round(row['times_base'], 1) for row in [*near, *sharp])}"
+        name = f"**{method}**" if method.startswith("CTRL") else method
+        cells = [spread([row[key] for row in own], 3, own[0].get(f"{key}_se")) for key, own in (("accuracy", sharp), ("tv", near))]
+        lines.append([name, *cells, "yes" if gradients else "no", cost])
+    floor = statistics.mean(row["tv_floor"] for one in found for row in one["rows"])
+    header = [
+        "",
+        "accuracy, tuned for it",
+        f"TV to the exact law, tuned for it (exact draws: {floor:.3f})",
+        "gradients at inference",
+        "× base's time",
+    ]
+    return table(header, lines)
+
+
 def best_accuracy(found: list[dict[str, Any]], method: str) -> float:
     return statistics.mean(max(row["accuracy"] for row in one["rows"]) for one in found if one["method"] == method)
 
@@ -302,6 +328,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
         f"peers-{setting}": (lambda setting=setting: peers_table(setting))
         for setting in ("stroke", "slant", "jpeg", "stroke-slant")
     },
+    "peers-short": peers_short,
     "sample-efficiency": sample_efficiency,
     "ablations": ablations,
     "time-to-gap": time_to_gap,

@@ -77,7 +77,7 @@ class StrengthHook(ModelHook):
     def new_forward(self, module: nn.Module, *args, **kwargs):
         if not self.active:
             return self._base(*args, **kwargs)
-        sample = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        sample = _state(args, kwargs)
         given = self.watch.begin_call(len(sample))
         active = () if self.watch.is_deterministic() else self.active
         found = self._mixed(active, given, *args, **kwargs)
@@ -114,11 +114,10 @@ class StrengthHook(ModelHook):
             return self.fn_ref.original_forward(*args, **kwargs)
 
     def _tuned(self, one: Active, given: tuple[bool, ...], *args, **kwargs):
-        label = one.control.label
+        label, name = one.control.label, one.control.name
+        weights = self._weights(name, _state(args, kwargs).device)
         if any(given):
             label.embedding, label.guided = one.embedding, given
-        sample = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-        weights, name = self._weights(one.control.name, sample.device), one.control.name
         try:
             # merged, a tuned call costs what the base's does; a small model would spend a quarter more on LoRA's products
             with weights_replaced(weights or {}), lora_chosen(self.layers, self.controls, None if weights else name):
@@ -145,6 +144,11 @@ class StrengthHook(ModelHook):
             what = "a denoiser that also predicts variances"
         if what is not None and not self.watch.guidance_is_unknown:
             raise ValueError(f"num_particles cannot yet be combined with {what}.")
+
+
+def _state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The first tensor of a denoiser's arguments: the states, (B, *)."""
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
 
 
 def _is(strength: float | torch.Tensor, value: float) -> bool:

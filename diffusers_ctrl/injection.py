@@ -299,7 +299,8 @@ def merged_weights(
             return None
         if chosen in layer.lora_A:
             module = layer.get_base_layer()
-            if module.weight.dtype != torch.float32 or module.weight.device != device:
+            plain = type(module.weight.data) is torch.Tensor and module.weight.dtype == torch.float32  # not quantized, nor dealt out
+            if not plain or module.weight.device != device:
                 return None
             found[module] = module.weight
     if not found or sum(weight.nbytes for weight in found.values()) > MERGED_BYTES:

@@ -299,7 +299,9 @@ def merged_weights(
             return None
         if chosen in layer.lora_A:
             module = layer.get_base_layer()
-            plain = type(module.weight.data) is torch.Tensor and module.weight.dtype == torch.float32  # not quantized, nor dealt out
+            plain = (
+                type(module.weight.data) is torch.Tensor and module.weight.dtype == torch.float32
+            )  # not quantized, nor dealt out
             if not plain or module.weight.device != device:
                 return None
             found[module] = module.weight

@@ -299,9 +299,8 @@ def merged_weights(
             return None
         if chosen in layer.lora_A:
             module = layer.get_base_layer()
-            plain = (
-                type(module.weight.data) is torch.Tensor and module.weight.dtype == torch.float32
-            )  # not quantized, nor dealt out
+            # not quantized, nor dealt out to other processes
+            plain = type(module.weight.data) is torch.Tensor and module.weight.dtype == torch.float32
             if not plain or module.weight.device != device:
                 return None
             found[module] = module.weight

@@ -812,4 +812,6 @@ def test_weights_that_others_may_change_are_not_merged(pipe, monkeypatch):
     layer.update_layer("mine", 4, lora_alpha=4, config=LoraConfig(r=4, lora_alpha=4))
     layer.set_adapter(["mine"])
     assert injection.merged_weights(layers, names, "default", cpu) is None
+    layer.set_adapter(["default"])
     layer.delete_adapter("mine")
+    layer.requires_grad_(False)

@@ -37,9 +37,8 @@ from diffusers_ctrl.rollouts import Environment  # noqa: E402
 from digits_data import ATTRIBUTES, PROMPTS, digit_oracle, drawn_digits, oracle  # noqa: E402
 
 
-BASE_STEP = (
-    0.025  # seconds of a call of the base, 32 rows, where the results were made: a core to itself, its other hyperthread busy
-)
+# seconds of a call of the base, 32 rows, where the results were made: a core to itself, its other hyperthread busy
+BASE_STEP = 0.025
 RECIPE_LABELS = 600  # of training/configs/digits_stroke.yaml
 
 

@@ -17,6 +17,8 @@ from report_tables import aim_row, read  # noqa: E402
 
 def plot_sample_efficiency(path: Path) -> None:
     found = read("sample_efficiency")
+    if len({one["num_labels"] for one in found}) < 2:
+        return  # a point is no curve
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
     for method, name in (("ctrl", "CTRL"), ("cfg", "CFG fine-tuning")):
         own = [one for one in found if one["method"] == method]
@@ -50,7 +52,7 @@ def plot_time_to_gap(path: Path) -> None:
     for one in read("time_to_gap"):
         seconds, gap, error = zip(*((p["seconds"], p["gap"], p["gap_se"]) for p in one["curve"]), strict=True)
         axis.errorbar(seconds, gap, error, fmt="o-", ms=4, capsize=3, label=one["variant"])
-    axis.set(xlabel="CPU seconds of training, one thread", ylabel="gap: log Z (base samples) − J (nats)", yscale="log")
+    axis.set(xlabel="seconds of training, one core", ylabel="gap: log Z (base samples) − J (nats)", yscale="log")
     axis.legend(fontsize=8)
     figure.tight_layout()
     save_figure(figure, path)

@@ -229,7 +229,10 @@ def time_to_gap() -> str:
             ]
         )
     header = ["", *[f"{level} nats" for level in levels], "gap at the end", "accuracy", "seconds", "updates"]
-    return table(header, lines) + f"\n\nCPU seconds of one thread, seed {found[0]['seed']}; –: not within the seconds of that row."
+    return (
+        table(header, lines)
+        + f"\n\nSeconds are updates times what one costs on a core of its own (`digits_runs.py`); seed {found[0]['seed']}; –: not within the seconds of that row."
+    )
 
 
 # -- what an update costs --

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from diffusers_ctrl.calibration import (
     CalibrationReport,
+    CategoricalCalibration,
     calibration_of,
     coverage,
     distribution_function,
@@ -16,7 +17,8 @@ from diffusers_ctrl.calibration import (
     fit_temperature,
     log_likelihood,
 )
-from diffusers_ctrl.labels import Categorical, Continuous
+from diffusers_ctrl.labels import Categorical, Continuous, LabelSpace
+from likelihood import warnings_of
 
 
 THREE = Categorical(("a", "b", "c"))
@@ -184,3 +186,16 @@ def test_a_report_of_two_kinds():
     assert flat["shade.accuracy"] == parts["shade"].accuracy and flat["size.r2"] == parts["size"].r2 and flat["epochs"] == 3
     alone = CalibrationReport({"shade": parts["shade"]}, num_train=1, num_validation=2, epochs=3).metrics()
     assert alone["accuracy"] == parts["shade"].accuracy
+
+
+def test_a_classifier_that_guesses_is_told_of():
+    """Three equally frequent classes cost ln 3 = 1.10 nats to guess; an attribute that is known, and a number, are not named."""
+    labels = torch.tensor([[0.0, 0.0, 0.1], [1.0, 1.0, 0.2], [2.0, 0.0, 0.3], [torch.nan, 1.0, 0.4]])
+    space = LabelSpace(shade=Categorical(("a", "b", "c")), form=Categorical(("d", "e")), size=Continuous(0, 1))
+
+    def found(nll):
+        return CategoricalCalibration(0.4, nll, nll, 0.1, 0.1, 1.0, 30)
+
+    report = CalibrationReport({"shade": found(1.05), "form": found(0.3), "size": None}, num_train=1, num_validation=2, epochs=3)
+    (sentence,) = warnings_of(report, space, labels, epochs=80)
+    assert "'shade'" in sentence and "1.05 nats" in sentence and "costs 1.10" in sentence and "With 3 labels, 80 epochs" in sentence

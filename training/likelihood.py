@@ -15,7 +15,8 @@ import torch
 from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
 
-from diffusers_ctrl import Continuous, CTRLConfig, LabelSpace, processes
+from diffusers_ctrl import Categorical, Continuous, CTRLConfig, LabelSpace, processes
+from diffusers_ctrl.calibration import CalibrationReport
 from diffusers_ctrl.checkpoints import differences, fingerprint, write_file
 from diffusers_ctrl.classifiers import Classifier, MoreBatches, fit_classifier, resized
 from diffusers_ctrl.decoding import decoder, round_trip
@@ -186,6 +187,25 @@ def classifier_settings(task: TaskConfig, config: CTRLConfig) -> dict[str, Any]:
     return json.loads(json.dumps({**own, "attributes": attributes, "seed": config.seed}))
 
 
+def warnings_of(report: CalibrationReport, space: LabelSpace, labels: torch.Tensor, epochs: int) -> list[str]:
+    """A sentence for each categorical attribute of which the classifier knows next to nothing: RL could learn nothing from it.
+
+    labels: (N, A), NaN where not given. Its NLL on held-out labels is compared with the entropy of their frequencies, what guessing costs.
+    """
+    found = []
+    for column, (name, attribute) in zip(labels.T, space.attributes.items(), strict=True):
+        if isinstance(attribute, Categorical):
+            shares = torch.bincount(column[~column.isnan()].long()).double() / (~column.isnan()).sum()
+            guessing, own = torch.special.entr(shares).sum().item(), report.attributes[name].nll_after
+            if own > 0.9 * guessing:
+                found.append(
+                    f"The classifier knows next to nothing of {name!r}: its NLL on held-out labels is {own:.2f} nats, and guessing by their "
+                    f"frequencies costs {guessing:.2f}. With {int((~column.isnan()).sum())} labels, {epochs} epochs are few optimizer steps: try "
+                    "more classifier_epochs, or more labels."
+                )
+    return found
+
+
 def fit_classifier_into(
     folder: Path,
     task: TaskConfig,
@@ -227,6 +247,8 @@ def fit_classifier_into(
         epoch_batches=max(1, task.epoch_labels // batch),
     )
     print(report.lines(), flush=True)
+    for sentence in warnings_of(report, space, labels, task.classifier_epochs):
+        print(f"Warning: {sentence}", flush=True)
     classifier.save_pretrained(folder)
     saved = {
         "report": report.metrics(),

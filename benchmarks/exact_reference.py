@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from baselines.base import Base, Likelihood
 from tqdm.auto import tqdm
 
+from diffusers_ctrl import Classifier
 from digits_data import MEASURES as DIGIT_MEASURES
 from digits_data import digit_oracle
 from jpeg_data import jpeg_kilobytes
@@ -84,9 +85,17 @@ def to_cells(digits: torch.Tensor, measured: Sequence[torch.Tensor], edges: Sequ
     return cells
 
 
+def of_each(images: torch.Tensor, labels: torch.Tensor, likelihood: Likelihood | Classifier) -> torch.Tensor:
+    """log p̂ of every label (M, A) at every image, (n, M) nats; a classifier looks at an image once."""
+    if isinstance(likelihood, Classifier):
+        parts = [found[:, column.long()] for found, column in zip(likelihood.log_probs(images), labels.T, strict=True)]
+        return torch.stack(parts).sum(dim=0)
+    return torch.stack([likelihood(images, row.expand(len(images), -1)) for row in labels], dim=1)
+
+
 def make_reference(
     base: Base,
-    likelihood: Likelihood,
+    likelihood: Likelihood | Classifier,
     labels: torch.Tensor,
     gamma: float,
     attributes: Sequence[str],
@@ -117,7 +126,7 @@ def make_reference(
             column.append(MEASURES[name](part))
         features.append(small(part))
         with torch.no_grad():
-            scores.append(torch.stack([likelihood(part, row.expand(len(part), -1)) for row in labels], dim=1).double())
+            scores.append(of_each(part, labels, likelihood).double())
     columns, weighted = [torch.cat(column) for column in measured], gamma * torch.cat(scores)
     bins = DECILES if len(attributes) == 1 else TERCILES
     edges = tuple(column.quantile(torch.arange(1, bins, dtype=torch.float64) / bins) for column in columns)

@@ -11,7 +11,7 @@ from baselines import best_of_n, cfg_finetune, classifier_guidance, ddpo, dps, d
 from baselines.base import Base, Labelled
 from exact_reference import Reference
 
-from diffusers_ctrl import Policy
+from diffusers_ctrl import Classifier, Policy
 from diffusers_ctrl.adapters import Adapter
 from diffusers_ctrl.rollouts import Environment, rollout
 from task import TaskConfig
@@ -40,9 +40,14 @@ class Setting:
     training_seconds: float
     smoke: bool = False
 
+    @property
+    def classifier(self) -> Classifier:
+        """The one that all methods are given."""
+        return self.adapter.classifier
+
     def likelihood(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """log p̂(y | x) of the one classifier that all methods are given, (n,) nats."""
-        return self.adapter.classifier.log_prob(images, labels)
+        """Its log p̂(y | x), (n,) nats."""
+        return self.classifier.log_prob(images, labels)
 
     def updates(self, count: int) -> int:
         return min(count, 2) if self.smoke else count

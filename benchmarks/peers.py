@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "training")]
 from baselines.base import Labelled, encode, open_base  # noqa: E402
-from exact_reference import distances, make_reference, small  # noqa: E402
+from exact_reference import distances, make_reference, of_each, small  # noqa: E402
 
 import train_ctrl  # noqa: E402
 from diffusers_ctrl.accuracy import agreement  # noqa: E402
@@ -77,7 +77,7 @@ def open_setting(name: str, seed: int, folder: Path, base_samples: int, cache: P
     _, images, labels, _ = labelled_images(task, pipe, write_datasets(task, config, pipe), seed)
     data = Labelled(encode(base, images), labels, digit_oracle(images))
     attributes = list(space.attributes)
-    reference = make_reference(base, adapter.classifier.log_prob, grid.labels, 1.0, attributes, base_samples, cache)
+    reference = make_reference(base, adapter.classifier, grid.labels, 1.0, attributes, base_samples, cache)
     seconds = adapter.config.metrics["seconds_classifier"] + adapter.config.metrics["seconds_train"]
     return Setting(base, adapter, policy, environment, grid.labels, data, reference, task, seed, seconds, smoke)
 
@@ -153,7 +153,7 @@ def tuned(s: Setting, method: Method, validation: int, bar: tqdm) -> tuple[dict[
         right = []
         for row, own in enumerate(images):
             with torch.no_grad():
-                scores = torch.stack([s.likelihood(own, label.expand(len(own), -1)) for label in s.labels], dim=1)
+                scores = of_each(own, s.labels, s.classifier)
             right.append((scores.argmax(dim=1) == row).double().mean().item())
         tried.append({"weight": weight, "tv": sum(apart) / len(apart), "classifier_accuracy": sum(right) / len(right)})
         tried[-1] |= {"draw": draw, "training": training}

@@ -122,6 +122,8 @@ def test_distances_to_the_exact_law(base, adapter, tmp_path):
     reference = make_reference(*arguments)
     again = make_reference(*arguments)
     assert torch.equal(reference.cells, again.cells) and torch.equal(reference.log_weights, again.log_weights)
+    of_classifier = make_reference(arguments[0], adapter.classifier, *arguments[2:])  # which looks at each picture once
+    torch.testing.assert_close(of_classifier.log_weights, reference.log_weights)
     law = reference.law(2)
     assert law.shape == (DIGITS * DECILES,) and abs(law.sum().item() - 1) < 1e-9
     pool = torch.load(tmp_path / "pool.pt", weights_only=True).float()

@@ -103,7 +103,7 @@ def test_the_weight_is_tuned_for_each_aim_by_its_own_figure(smoke, monkeypatch):
     class Made:
         smoke, labels, reference = False, torch.tensor([[0.0]]), None
 
-        def likelihood(self, images, labels):
+        def classifier(self, images, labels):
             return torch.zeros(len(images))
 
     method = peers.Method((1.0, 2.0, 3.0), lambda s, fitted, weight: weight)

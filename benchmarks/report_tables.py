@@ -117,7 +117,7 @@ def peers_short(setting: str = "stroke") -> str:
     """For the README: each method's accuracy where it is tuned for that, its distance where it is tuned for that, and what they cost."""
     found = [one for one in read("peers") if one["setting"] == setting]
     lines = []
-    for method in sorted({one["method"] for one in found}, key=lambda name: -best_accuracy(found, name)):
+    for method in sorted({one["method"] for one in found}, key=lambda name: (-best_accuracy(found, name), name)):
         rows = dict(method_rows(found, method))
         near, sharp = rows.get("distance", rows.get("")), rows.get("accuracy", rows.get(""))
         gradients = any(row["backward_calls"] for row in near) or method in (*BACKWARD, "classifier guidance")

@@ -279,9 +279,8 @@ def lora_chosen(layers: Sequence[BaseTunerLayer], names: Collection[str], chosen
             layer._active_adapter, layer._disable_adapters = active, disabled
 
 
-MERGED_BYTES = (
-    2**28
-)  # of the copy that `merged_weights` makes; beyond that a model is large, and two small products beside each large one are cheap
+# of the copy that `merged_weights` makes; beyond that a model is large, and two small products beside each large one are cheap
+MERGED_BYTES = 2**28
 
 
 @torch.no_grad()

@@ -377,7 +377,7 @@ class CTRLTrainer:
         config, count = self.config, len(environment.sampler.noisy_steps)
         if config.objective == "direct_backprop" and config.num_kl_steps is not None:
             return [{"kl_steps": random_steps(environment.sampler, config.num_kl_steps, generator, "num_kl_steps")}]
-        if config.objective == "adjoint_matching" and (config.num_regression_steps or config.adjoint_passes > 1):
+        if config.objective == "adjoint_matching" and (config.num_regression_steps is not None or config.adjoint_passes > 1):
             each, passes = config.num_regression_steps, config.adjoint_passes
             if passes * (each or 1) > count:
                 raise ValueError(

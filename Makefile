@@ -1,4 +1,4 @@
-.PHONY: quality style test slow bench bench-smoke
+.PHONY: quality style test slow bench bench-smoke smoke-peers smoke-learning
 
 CODE = diffusers_ctrl training tests benchmarks docs setup.py
 
@@ -13,8 +13,9 @@ style:
 	ruff check --fix $(CODE)
 	ruff format $(CODE)
 
+# In two processes, a file in one of them: every test runs on one thread.
 test:
-	python -m pytest -q
+	python -m pytest -q -n 2 --dist loadfile
 
 # The long checks only; this -m replaces the one in pyproject.toml.
 slow:
@@ -30,15 +31,20 @@ bench:
 	python benchmarks/label_cost.py
 	python benchmarks/report.py
 
-# The same at toy size, to see that it runs: minutes. Writes to runs/.
+# The same at toy size, to see that it runs: minutes. Writes to runs/. Two at a time, each on a thread: so small, more threads only cost.
 SMOKE = runs/bench-smoke
 bench-smoke:
 	rm -rf $(SMOKE)
+	OMP_NUM_THREADS=1 $(MAKE) -j2 --output-sync=target smoke-peers smoke-learning
+	python benchmarks/report.py --check
+
+smoke-peers:
 	python benchmarks/peers.py --smoke --settings stroke --seeds 0 --runs $(SMOKE) --results $(SMOKE)/peers
 	python benchmarks/peers.py --smoke --settings stroke-slant --seeds 0 --only base CTRL "classifier guidance" --runs $(SMOKE) --results $(SMOKE)/peers
+
+smoke-learning:
 	python benchmarks/sample_efficiency.py --smoke --results $(SMOKE)/sample_efficiency
 	python benchmarks/ablations.py --smoke --results $(SMOKE)/ablations
 	python benchmarks/time_to_gap.py --smoke --results $(SMOKE)/time_to_gap
 	python benchmarks/step_time.py --smoke --output $(SMOKE)/step_time.json
 	python benchmarks/label_cost.py --smoke --output $(SMOKE)/label_cost.json
-	python benchmarks/report.py --check

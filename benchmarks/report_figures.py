@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 from records import save_figure  # noqa: E402
-from report_tables import aim_row, read  # noqa: E402
+from report_tables import LEARNERS, aim_row, read  # noqa: E402
 
 
 def plot_sample_efficiency(path: Path) -> None:
@@ -20,7 +20,7 @@ def plot_sample_efficiency(path: Path) -> None:
     if len({one["num_labels"] for one in found}) < 2:
         return  # a point is no curve
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
-    for method, name in (("ctrl", "CTRL"), ("cfg", "CFG fine-tuning")):
+    for color, (method, name) in zip(("C0", "gray", "C1"), LEARNERS.items(), strict=True):
         own = [one for one in found if one["method"] == method]
         counts = sorted({one["num_labels"] for one in own})
         for axis, key, style, aim, what in (
@@ -32,10 +32,9 @@ def plot_sample_efficiency(path: Path) -> None:
             rows = [[aim_row(one, aim) for one in own if one["num_labels"] == count] for count in counts]
             means = [statistics.mean(row[key] for row in group) for group in rows]
             errors = [group[0][f"{key}_se"] / len(group) ** 0.5 for group in rows]
-            color = "C0" if method == "ctrl" else "C1"
             axis.errorbar(counts, means, errors, fmt=style, color=color, ms=4, capsize=3, label=f"{name}, {what}")
     floor = statistics.mean(row["tv_floor"] for one in found for row in one["rows"])
-    axes[1].axhline(floor, color="gray", lw=0.8, ls="--", label="exact draws")
+    axes[1].axhline(floor, color="black", lw=0.8, ls="--", label="exact draws of the truth")
     axes[0].set(ylabel="accuracy by the exact oracle")
     axes[1].set(ylabel="total variation to the truth")
     for axis in axes:

@@ -147,13 +147,16 @@ def aim_row(record: dict[str, Any], aim: str) -> dict[str, Any]:
     return next(row for row in record["rows"] if aim in row["tuned_for"])
 
 
+LEARNERS = {"ctrl": "CTRL", "exact": "exact draws by CTRL's classifier", "cfg": "CFG fine-tuning"}
+
+
 def sample_efficiency() -> str:
     found = read("sample_efficiency")
     if not found:
         return "Not run yet."
     lines = []
     for count in sorted({one["num_labels"] for one in found}):
-        for method, name in (("ctrl", "**CTRL**"), ("cfg", "CFG fine-tuning")):
+        for method, name in LEARNERS.items():
             own = [one for one in found if (one["num_labels"], one["method"]) == (count, method)]
             if not own:
                 continue
@@ -170,9 +173,9 @@ def sample_efficiency() -> str:
             cells += [spread([1000 * row["mmd2"] for row in rows], 2, 1000 * rows[0]["mmd2_se"])]
             cells += [f"{statistics.mean(row['prompt_accuracy'] for row in rows):.3f}"]
             seconds = statistics.mean(
-                one["seconds_training"] + (one["seconds_classifier"] if method == "ctrl" else 0) for one in own
+                one["seconds_training"] + (one["seconds_classifier"] if method != "cfg" else 0) for one in own
             )
-            lines.append([str(count), name, *cells, f"{seconds:.0f}"])
+            lines.append([str(count), f"**{name}**" if method == "ctrl" else name, *cells, f"{seconds:.0f}"])
     header = [
         "labels",
         "",

@@ -4,7 +4,8 @@
 
 A variant is METHOD-nN. CTRL fits a calibrated classifier to N labelled images, nothing else, and trains for a range of gamma on the base's prompts; CFG
 is fine-tuned on the N images, each with its label *and its digit as prompt*, which is more than CTRL is told. Both train for a fixed
-number of updates, whatever N, of about the same seconds.
+number of updates, whatever N. `exact` are draws of the law that CTRL with this classifier aims at, base samples resampled
+by p̂^gamma: what is lost to `exact` is the classifier's, what CTRL loses beyond it is training left undone.
 
 Each has one number at inference, gamma or the guidance weight (and for CFG how many updates were best), and gets the same validation budget for it: `validation` images a label for each value
 tried. Rows of a result: `plain`, the value 1, which is what Bayes says; the best total variation to the truth, which takes the oracle; and
@@ -30,8 +31,9 @@ import torch
 from baselines import cfg_finetune
 from baselines.base import Base, Labelled, encode, open_base
 from digits_runs import Labels, cached_classifier, config_of, make_trainer, open_pipe, train, unseen_figures
-from exact_reference import EXACT_DRAWS, Reference, distances, make_reference, mmd2, small, total_variation
+from exact_reference import EXACT_DRAWS, Reference, distances, make_reference, mmd2, of_each, small, total_variation
 from experiment import arguments, clock, run_all
+from tqdm.auto import tqdm
 
 from diffusers_ctrl import Classifier
 from diffusers_ctrl.accuracy import agreement
@@ -76,7 +78,7 @@ def truth(base: str, steps: int, attribute: str, count: int, pool: Path) -> Refe
     return make_reference(opened(base, steps), true_likelihood(attribute), rows, 1.0, [attribute], count, pool)
 
 
-def fit_ctrl(spec: dict[str, Any], labels: Labels, classifier: Classifier, folder: Path) -> Fitted:
+def fit_ctrl(spec: dict[str, Any], labels: Labels, classifier: Classifier, folder: Path, _: Path) -> Fitted:
     config = config_of(spec["train"], {}, labels.seed, folder)
     trainer = make_trainer(spec["base"], classifier, config)
     seconds = train(trainer)
@@ -92,7 +94,31 @@ def fit_ctrl(spec: dict[str, Any], labels: Labels, classifier: Classifier, folde
     return Fitted(draw, spec["gammas"], {"seconds_training": seconds, "updates": trainer.update})
 
 
-def fit_cfg(spec: dict[str, Any], labels: Labels, _: Classifier, __: Path) -> Fitted:
+def fit_exact(spec: dict[str, Any], labels: Labels, classifier: Classifier, _: Path, pool: Path) -> Fitted:
+    """Nothing is trained. Images of the pool, drawn for each label and prompt by p̂(y | x)^gamma."""
+    pictures = torch.load(pool, weights_only=True)
+    with torch.no_grad():
+        rows = label_grid(labels.space).labels
+        scores = torch.cat(
+            [of_each(part.float(), rows, classifier) for part in tqdm(pictures.split(500), "p̂ of the pool")]
+        ).double()
+    prompts = torch.arange(len(pictures)) % len(PROMPTS)
+
+    def draw(gamma: float, per_label: int, seed: int) -> Images:
+        generator, out = torch.Generator().manual_seed(seed), []
+        for label in range(len(rows)):
+            chosen = torch.empty(per_label, dtype=torch.long)
+            for prompt in range(len(PROMPTS)):
+                own, places = (prompts == prompt).nonzero().flatten(), torch.arange(prompt, per_label, len(PROMPTS))
+                weights = (gamma * scores[own, label]).softmax(dim=0)
+                chosen[places] = own[weights.multinomial(len(places), replacement=True, generator=generator)]
+            out.append(pictures[chosen].float())
+        return out
+
+    return Fitted(draw, spec["gammas"], {"seconds_training": 0.0})
+
+
+def fit_cfg(spec: dict[str, Any], labels: Labels, _: Classifier, __: Path, ___: Path) -> Fitted:
     base, (images, digits) = opened(spec["base"], spec["train"]["num_inference_steps"]), drawn_digits()
     data = Labelled(encode(base, images[labels.rows]), labels.given().float().unsqueeze(1), torch.as_tensor(digits)[labels.rows])
     policies, seconds = {}, {}
@@ -118,7 +144,7 @@ def fit_cfg(spec: dict[str, Any], labels: Labels, _: Classifier, __: Path) -> Fi
     return Fitted(draw, values, about)
 
 
-METHODS = {"ctrl": fit_ctrl, "cfg": fit_cfg}
+METHODS = {"ctrl": fit_ctrl, "cfg": fit_cfg, "exact": fit_exact}
 
 
 def jackknife(statistic: Callable[[torch.Tensor], float], count: int) -> float:
@@ -186,8 +212,8 @@ def run(spec: dict[str, Any], name: str, seed: int, folder: Path, pool: Path) ->
     labels = Labels(spec["attribute"], int(count), seed)
     classifier, seconds = cached_classifier(spec["base"], labels, folder, spec["epochs"])
     about = {"seconds_classifier": seconds, "classifier": unseen_figures(spec["base"], labels, classifier)}
-    fitted = METHODS[method](spec, labels, classifier, folder / "run")
     reference = truth(spec["base"], spec["train"]["num_inference_steps"], spec["attribute"], spec["base_samples"], pool)
+    fitted = METHODS[method](spec, labels, classifier, folder / "run", pool)
     best, tried = chosen(fitted, reference, classifier, spec["validation"])
     rows = [
         {"value": value, "tuned_for": aims, **judged(reference, labels, fitted.draw(value, spec["outputs"], 2), 3)}

@@ -7,7 +7,7 @@ out of date in the later ones is only which states the policy would visit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,22 +54,38 @@ def final_adjoint(
 
 
 def lean_adjoint(
-    policy: Policy, sampler: Sampler, batch: Batch, path: Path, adjoint: torch.Tensor, first: int = 0
+    policy: Policy,
+    sampler: Sampler,
+    batch: Batch,
+    path: Path,
+    adjoint: torch.Tensor,
+    chosen: Collection[int],
+    coarse: bool = False,
 ) -> Iterator[Target]:
-    """Solves the lean adjoint backwards along a trajectory, from adjoint = ∂(−gamma log p̂)/∂x_K down to step `first`.
+    """Solves the lean adjoint backwards along a trajectory, from adjoint = ∂(−gamma log p̂)/∂x_K, for the steps k of `chosen`.
+
+    adjoint_k = ∂(−gamma log p̂)/∂x_k through the base. It is solved at every state down to the earliest that a chosen step needs; with
+    `coarse` only at those that are needed, x_{k+1} of each chosen k. Between two of them the clean sample that the base sees in the
+    first is then held (`Sampler.held`), as a sampler of fewer steps would hold it.
 
     Yields:
-        (k, x_k, the base's transition at x_k, adjoint_{k+1}) for k = K − 1 … first, with adjoint_k = ∂(−gamma log p̂)/∂x_k through the base.
+        (k, x_k, the base's transition at x_k, adjoint_{k+1}), from the last chosen step to the first.
     """
+    first, known = min(chosen), len(sampler.timesteps)  # the adjoint is known of x_known
+    needed = {k + 1 for k in chosen} if coarse else range(first + 1, known)
     for k, x, _ in backwards(policy, sampler, batch, path):
-        x = x.detach().requires_grad_(k > first)  # nobody asks for the adjoint below
         following = adjoint
-        with policy.uncheckpointed(), torch.enable_grad():
-            base = base_transition(policy, sampler, batch, k, x)
-            if k > first:
-                (adjoint,) = gradients([base.mean], [x], [following])
-        base = Transition(base.mean.detach(), base.std.detach())
-        yield k, x.detach(), base, following
+        if k in needed:
+            x = x.detach().requires_grad_()
+            with policy.uncheckpointed(), torch.enable_grad():
+                base = base_transition(policy, sampler, batch, k, x)
+                (adjoint,) = gradients([sampler.held(base, k, known)], [x], [following])
+            known = k
+        elif k in chosen:
+            with torch.no_grad():
+                base = base_transition(policy, sampler, batch, k, x)
+        if k in chosen:
+            yield k, x.detach(), Transition(base.mean.detach(), base.std.detach()), following
         if k == first:
             return
 
@@ -81,16 +97,12 @@ def solved(
     log_likelihood: LogLikelihood,
     generator: RandomSource,
     chosen: Sequence[int],
+    coarse: bool = False,
 ) -> tuple[Iterator[Target], torch.Tensor]:
-    """The targets of the `chosen` steps k on fresh trajectories, from the last to the first as they are asked for; and log p̂, (B,) nats.
-
-    The adjoint is solved only as far back as the earliest of them.
-    """
+    """The targets of the `chosen` steps k on fresh trajectories, from the last to the first as they are asked for; and log p̂, (B,) nats."""
     path = walk(policy, sampler, batch, generator)
     adjoint, reward = final_adjoint(path.sample, batch, log_likelihood, "adjoint_matching")
-    chosen = set(chosen)
-    found = lean_adjoint(policy, sampler, batch, path, adjoint, min(chosen))
-    return (target for target in found if target[0] in chosen), reward
+    return lean_adjoint(policy, sampler, batch, path, adjoint, set(chosen), coarse), reward
 
 
 def collect_targets(
@@ -101,7 +113,9 @@ def collect_targets(
     generator: RandomSource = None,
     *,
     steps: Sequence[int],
+    coarse: bool = False,
 ) -> Targets:
-    """The targets of these noisy steps (0 … N−1) on fresh trajectories, to learn from several times."""
-    targets, reward = solved(policy, sampler, batch, log_likelihood, generator, [sampler.noisy_steps[i] for i in steps])
+    """The targets of these noisy steps (0 … N−1) on fresh trajectories, to learn from several times. coarse: see `lean_adjoint`."""
+    chosen = [sampler.noisy_steps[i] for i in steps]
+    targets, reward = solved(policy, sampler, batch, log_likelihood, generator, chosen, coarse)
     return Targets(tuple(targets), reward)

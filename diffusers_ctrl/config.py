@@ -41,6 +41,10 @@ class CTRLConfig:
         "direct_backprop: count the KL at so many random steps, scaled to stand for all (unbiased, and cheaper); all by default.",
     )
     num_regression_steps: int | None = option(None, "adjoint_matching: regress on so many random steps of each trajectory.")
+    coarse_adjoint: bool = option(
+        False,
+        "adjoint_matching with num_regression_steps: solve the adjoint at the states of these steps only, as a sampler of so few steps would.",
+    )
     adjoint_passes: int = option(
         1,
         "adjoint_matching: optimizer steps that a batch of trajectories serves, each on other random steps of it. Cheaper a step; the "

@@ -158,6 +158,7 @@ def adjoint_matching(
     *,
     targets: Targets | None = None,
     steps: list[int] | None = None,
+    coarse: bool = False,
 ) -> tuple[torch.Tensor, Metrics]:
     """Regression of the control on −sigma_k · adjoint[k+1]; memory does not grow with the number of steps regressed on.
 
@@ -172,7 +173,7 @@ def adjoint_matching(
     noisy = sampler.noisy_steps
     chosen = noisy if steps is None else [noisy[i] for i in steps]
     if targets is None:
-        found, reward = solved(policy, sampler, batch, log_likelihood, generator, chosen)
+        found, reward = solved(policy, sampler, batch, log_likelihood, generator, chosen, coarse)
     else:
         found, reward = [target for target in targets.steps if target[0] in chosen], targets.reward
     scale = len(noisy) / len(chosen)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -50,18 +51,19 @@ class Sampler:
             raise ValueError(f"num_inference_steps must be at least 1, got {self.num_inference_steps}.")
         self._set_timesteps()
         probe = torch.zeros(1, 3, 1, 1, dtype=torch.float64)
-        noisy = []
-        for t in self.timesteps:
-            # a scheduler whose variance is learned can only be probed with the denoiser's own output
-            learned = self.scheduler.config.get("variance_type") in ("learned", "learned_range")
-            output = torch.ones(1, 6 if learned else 3, 1, 1, dtype=torch.float64)
-            noisy.append(not self.transition(output, t, probe).is_deterministic)
+        noisy = [not self.transition(self._probe_output(1.0), t, probe).is_deterministic for t in self.timesteps]
         object.__setattr__(self, "noisy_steps", tuple(k for k, flag in enumerate(noisy) if flag))
         if not self.noisy_steps:
             raise ValueError(
                 f"{type(self.scheduler).__name__} with {self.options} adds no noise at any step, so there is no KL to the base and "
                 "nothing to train against: use eta > 0 (eta = 1 is the memoryless, unbiased choice)."
             )
+
+    def _probe_output(self, value: float) -> torch.Tensor:
+        """What a denoiser could answer to one state of three channels, every number `value`."""
+        # a scheduler whose variance is learned can only be probed with the denoiser's own output
+        learned = self.scheduler.config.get("variance_type") in ("learned", "learned_range")
+        return torch.full((1, 6 if learned else 3, 1, 1), value, dtype=torch.float64)
 
     def _set_timesteps(self) -> None:
         name, steps = type(self.scheduler).__name__, self.num_inference_steps
@@ -90,6 +92,33 @@ class Sampler:
     def deterministic_timesteps(self) -> frozenset[float]:
         """The timesteps whose step adds no noise; the base takes them."""
         return frozenset(float(t) for k, t in enumerate(self.timesteps) if k not in self.noisy_steps)
+
+    @cached_property
+    def _held_weights(self) -> tuple[tuple[float, float], ...]:
+        """(A, B) of each step, whose mean is A · state + B · clean estimate; read off its transition where nothing is clipped."""
+        weights, small = [], 1e-3
+        for t in self.timesteps:
+            x, output = torch.zeros(1, 3, 1, 1, dtype=torch.float64), self._probe_output(small)
+            of_output = self.transition(output, t, x)
+            of_state = self.transition(torch.zeros_like(output), t, x + small)
+            if of_output.denoised is None:
+                raise ValueError(
+                    f"{type(self.scheduler).__name__} has a transition that does not say what clean sample it was made from."
+                )
+            clean = (of_output.mean / of_output.denoised).flatten()[0].item()
+            state = ((of_state.mean - clean * of_state.denoised) / small).flatten()[0].item()
+            weights.append((state, clean))
+        return tuple(weights)
+
+    def held(self, base: Transition, k: int, end: int) -> torch.Tensor:
+        """The mean of x_end, (B, *), were the clean sample of the transition of step k < end held over the later steps too.
+
+        Raises ValueError for more than one step of a transition that does not have its `denoised`.
+        """
+        x = base.mean
+        for state, clean in self._held_weights[k + 1 : end] if end > k + 1 else ():
+            x = state * x + clean * base.denoised
+        return x
 
     def transition(self, output: torch.Tensor, t: torch.Tensor | float, x: torch.Tensor) -> Transition:
         return transition(self.scheduler, output, t, x, **self.options)

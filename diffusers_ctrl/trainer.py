@@ -385,7 +385,7 @@ class CTRLTrainer:
                     f"there are {count}."
                 )
             order = torch.tensor(random_steps(environment.sampler, count if each is None else passes * each, generator))
-            return [{"steps": part.tolist()} for part in order.tensor_split(passes)]
+            return [{"steps": part.tolist(), "coarse": config.coarse_adjoint} for part in order.tensor_split(passes)]
         if config.objective != "policy_gradient":
             return [{}]
         passes = []
@@ -434,7 +434,15 @@ class CTRLTrainer:
         """adjoint_matching's targets of each micro-batch, of all steps that any pass learns from."""
         for micro, (batch, noise) in enumerate(started):
             with self._naming(micro, len(started)), self.policy.merged(self.config.merge_lora), self.accelerator.autocast():
-                yield collect_targets(self.policy, environment.sampler, batch, _agreed(environment), noise, steps=steps)
+                yield collect_targets(
+                    self.policy,
+                    environment.sampler,
+                    batch,
+                    _agreed(environment),
+                    noise,
+                    steps=steps,
+                    coarse=self.config.coarse_adjoint,
+                )
 
     def _baseline(self, environment: Environment) -> Baseline:
         shape = len(environment.labels), environment.num_prompts, len(environment.sampler.noisy_steps)

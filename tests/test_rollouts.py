@@ -1,5 +1,6 @@
 """Rollouts on real, tiny denoisers: diffusers' own loop, the deterministic step, KL, log-ratio, and where the graph is."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -85,6 +86,37 @@ def assert_close(a, b, tolerance=1e-10):
 
 
 # Sampler
+
+
+def memoryless_pairs():
+    """(a scheduler, its settings of 20 steps, its settings of 4, five of which each stretches over)."""
+    trailing = {"timestep_spacing": "trailing", "clip_sample": False, "prediction_type": "v_prediction"}
+    sigmas = [1 - i / 20 for i in range(20)]
+    yield DDIMScheduler(**trailing), {"options": {"eta": 1.0}}, {"options": {"eta": 1.0}}
+    yield DDIMScheduler(**{**trailing, "prediction_type": "epsilon"}), {"options": {"eta": 1.0}}, {"options": {"eta": 1.0}}
+    yield DDPMScheduler(**{**trailing, "prediction_type": "sample"}), {}, {}
+    yield MemorylessFlowMatchScheduler(shift=3.0), {"grid": {"sigmas": sigmas}}, {"grid": {"sigmas": sigmas[::5]}}
+
+
+@pytest.mark.parametrize("scheduler, many, few", memoryless_pairs(), ids=lambda value: type(value).__name__)
+def test_holding_the_clean_sample_over_several_steps_is_the_step_of_a_coarser_sampler(scheduler, many, few):
+    fine = Sampler(copy.deepcopy(scheduler), 20, **many)
+    coarse = Sampler(copy.deepcopy(scheduler), 4, **few)
+    for place, t in enumerate(coarse.timesteps):
+        k = 5 * place
+        assert float(fine.timesteps[k]) == pytest.approx(float(t), rel=1e-6)
+        x, output = torch.randn(2, 2, 3, 3, 3, generator=seeded(), dtype=torch.float64)
+        base = fine.transition(output, fine.timesteps[k], x)
+        assert_close(fine.held(base, k, k + 5), coarse.transition(output, t, x).mean, 1e-6)  # sigmas are of single precision
+        assert fine.held(base, k, k + 1) is base.mean
+
+
+def test_a_transition_that_does_not_say_its_clean_sample_cannot_be_held(monkeypatch):
+    sampler = sampler_of(4)
+    base = sampler.transition(torch.ones(1, 1, 2, 2), sampler.timesteps[0], torch.zeros(1, 1, 2, 2))
+    monkeypatch.setattr("diffusers_ctrl.rollouts.transition", lambda *args, **kwargs: replace(base, denoised=None))
+    with pytest.raises(ValueError, match="DDIMScheduler has a transition that does not say"):
+        sampler.held(base, 0, 2)
 
 
 def test_eta_zero_is_refused():

@@ -40,15 +40,19 @@ class CTRLConfig:
         None,
         "direct_backprop: count the KL at so many random steps, scaled to stand for all (unbiased, and cheaper); all by default.",
     )
-    num_regression_steps: int | None = option(None, "adjoint_matching: regress on so many random steps of each trajectory.")
+    num_regression_steps: int | None = option(
+        None,
+        "adjoint_matching: regress on so many random steps of each trajectory; a fifth of those with noise by default, at least 4.",
+    )
     coarse_adjoint: bool = option(
-        False,
-        "adjoint_matching with num_regression_steps: solve the adjoint at the states of these steps only, as a sampler of so few steps would.",
+        True,
+        "adjoint_matching: solve the adjoint at the states of the steps that are regressed on only, as a sampler of so few steps would: "
+        "most of an update's time, for some per cent of bias. false: at every step.",
     )
     adjoint_passes: int = option(
         1,
-        "adjoint_matching: optimizer steps that a batch of trajectories serves, each on other random steps of it. Cheaper a step; the "
-        "later ones learn from trajectories a little out of date.",
+        "adjoint_matching: optimizer steps that a batch of trajectories serves, each on other random steps of it, all dealt out by "
+        "default. Cheaper a step; the later ones learn from trajectories a little out of date.",
     )
     clip_range: float = option(0.2, "policy_gradient: PPO's clipping of a step's density ratio.")
     ppo_epochs: int = option(2, "policy_gradient: passes over each batch of trajectories.")
@@ -157,6 +161,12 @@ class CTRLConfig:
             raise ValueError("num_kl_steps is for the whole gradient: leave it out with truncation, or the other way round.")
         if self.shard_base and self.merge_lora:
             raise ValueError("merge_lora needs the base's weights whole: leave it out with shard_base.")
+
+    def regression_steps(self, noisy: int) -> int:
+        """How many of so many noisy steps adjoint_matching regresses on in each pass."""
+        if self.num_regression_steps is not None:
+            return self.num_regression_steps
+        return max(1, noisy // self.adjoint_passes) if self.adjoint_passes > 1 else min(noisy, max(4, round(noisy / 5)))
 
     @property
     def reuses_trajectories(self) -> bool:

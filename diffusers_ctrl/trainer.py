@@ -377,14 +377,14 @@ class CTRLTrainer:
         config, count = self.config, len(environment.sampler.noisy_steps)
         if config.objective == "direct_backprop" and config.num_kl_steps is not None:
             return [{"kl_steps": random_steps(environment.sampler, config.num_kl_steps, generator, "num_kl_steps")}]
-        if config.objective == "adjoint_matching" and (config.num_regression_steps is not None or config.adjoint_passes > 1):
-            each, passes = config.num_regression_steps, config.adjoint_passes
-            if passes * (each or 1) > count:
+        if config.objective == "adjoint_matching":
+            each, passes = config.regression_steps(count), config.adjoint_passes
+            if passes > 1 and passes * each > count:
                 raise ValueError(
-                    f"adjoint_passes = {passes} of num_regression_steps = {each or 1} need {passes * (each or 1)} noisy steps, each its own; "
-                    f"there are {count}."
+                    f"adjoint_passes = {passes} of num_regression_steps = {each} need {passes * each} noisy steps, each its own; there are {count}."
                 )
-            order = torch.tensor(random_steps(environment.sampler, count if each is None else passes * each, generator))
+            drawn = count if config.num_regression_steps is None and passes > 1 else passes * each
+            order = torch.tensor(random_steps(environment.sampler, drawn, generator))
             return [{"steps": part.tolist(), "coarse": config.coarse_adjoint} for part in order.tensor_split(passes)]
         if config.objective != "policy_gradient":
             return [{}]

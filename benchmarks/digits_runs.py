@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from digits_data import ATTRIBUTES, PROMPTS, digit_oracle, drawn_digits, oracle 
 
 # seconds of a call of the base, 32 rows, where the results were made: a core to itself, its other hyperthread busy
 BASE_STEP = 0.025
+PRICED = 3  # updates that are timed for their price
 RECIPE_LABELS = 600  # of training/configs/digits_stroke.yaml
 
 
@@ -198,21 +200,22 @@ def base_step(trainer: CTRLTrainer) -> float:
 
 
 def price_of(trainer: CTRLTrainer, coarse: bool) -> Price:
-    """What updates cost, from the least of a few, measured in calls of the base that are timed in between. Nothing is learned here.
+    """What updates cost, from the middle one of a few, measured in calls of the base that are timed in between. Nothing is learned here.
 
     Both slow down together where a core is shared, by up to three times here; their ratio is what a quiet core would show.
     """
     config, (peaks, trainer.peaks) = trainer.config, (trainer.peaks, [0.0, 0.0])
 
     def seconds_of_an_update(on_coarse: bool) -> float:
-        config.coarse_updates = trainer.update + 1 if on_coarse else 0
+        config.coarse_updates = PRICED if on_coarse else 0
         updates, calls = [], []
-        for _ in range(3):
+        for trainer.update in range(PRICED):  # each draws steps of its own to learn from
             calls += [base_step(trainer) for _ in range(5)]
             started = clock()
             trainer._step()
             updates.append(clock() - started)
-        return min(updates) / min(calls) * BASE_STEP
+        trainer.update = 0
+        return statistics.median(updates) / statistics.median(calls) * BASE_STEP
 
     found = Price(seconds_of_an_update(True) if coarse else 0.0, seconds_of_an_update(False))
     trainer.peaks, trainer.baseline = peaks, None

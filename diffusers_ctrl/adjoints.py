@@ -3,6 +3,9 @@
 a_K = −gamma ∇log p̂(x_K), a_k = (∂mu_pre/∂x_k)ᵀ a_{k+1}: once a trajectory is drawn, nothing here depends on the policy any more. So the
 targets of some of its steps can be kept, and several optimizer steps learn from them, as PPO learns from its trajectories; what is
 out of date in the later ones is only which states the policy would visit.
+
+Solving the adjoint at every step is a third of an update's time. A coarse adjoint is solved at the states of the regressed steps alone; it
+is no longer that of the sampler, but of one with fewer steps along the same trajectory.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from .experience import LogLikelihood, checked
-from .paths import Path, backwards, gradients, walk
+from .paths import Path, gradients, states_at, walk
 from .policy import Policy
 from .randomness import RandomSource
 from .rollouts import Batch, Sampler, base_transition
@@ -53,6 +56,11 @@ def final_adjoint(
     return adjoint, reward.detach()
 
 
+def _needed(chosen: Collection[int], steps: int, coarse: bool) -> set[int]:
+    """The k at whose x_k the adjoint is solved: all down to the earliest that a chosen step asks for, or those that are asked for."""
+    return {k + 1 for k in chosen if k + 1 < steps} if coarse else set(range(min(chosen) + 1, steps))
+
+
 def lean_adjoint(
     policy: Policy,
     sampler: Sampler,
@@ -65,15 +73,14 @@ def lean_adjoint(
     """Solves the lean adjoint backwards along a trajectory, from adjoint = ∂(−gamma log p̂)/∂x_K, for the steps k of `chosen`.
 
     adjoint_k = ∂(−gamma log p̂)/∂x_k through the base. It is solved at every state down to the earliest that a chosen step needs; with
-    `coarse` only at those that are needed, x_{k+1} of each chosen k. Between two of them the clean sample that the base sees in the
-    first is then held (`Sampler.held`), as a sampler of fewer steps would hold it.
+    `coarse` only at those that are needed, x_{k+1} of each chosen k. From one of these to the next the clean sample that the base sees
+    at the first is held (`Sampler.held`): on a memoryless scheduler, the step of a sampler that has no states in between.
 
     Yields:
         (k, x_k, the base's transition at x_k, adjoint_{k+1}), from the last chosen step to the first.
     """
-    first, known = min(chosen), len(sampler.timesteps)  # the adjoint is known of x_known
-    needed = {k + 1 for k in chosen} if coarse else range(first + 1, known)
-    for k, x, _ in backwards(policy, sampler, batch, path):
+    needed, known = _needed(chosen, len(sampler.timesteps), coarse), len(sampler.timesteps)  # the adjoint is known of x_known
+    for k, x in states_at(policy, sampler, batch, path, needed | set(chosen)):
         following = adjoint
         if k in needed:
             x = x.detach().requires_grad_()
@@ -81,13 +88,11 @@ def lean_adjoint(
                 base = base_transition(policy, sampler, batch, k, x)
                 (adjoint,) = gradients([sampler.held(base, k, known)], [x], [following])
             known = k
-        elif k in chosen:
+        else:
             with torch.no_grad():
                 base = base_transition(policy, sampler, batch, k, x)
         if k in chosen:
             yield k, x.detach(), Transition(base.mean.detach(), base.std.detach()), following
-        if k == first:
-            return
 
 
 def solved(
@@ -100,7 +105,8 @@ def solved(
     coarse: bool = False,
 ) -> tuple[Iterator[Target], torch.Tensor]:
     """The targets of the `chosen` steps k on fresh trajectories, from the last to the first as they are asked for; and log p̂, (B,) nats."""
-    path = walk(policy, sampler, batch, generator)
+    needed = _needed(chosen, len(sampler.timesteps), coarse) | set(chosen)
+    path = walk(policy, sampler, batch, generator, needed=needed)
     adjoint, reward = final_adjoint(path.sample, batch, log_likelihood, "adjoint_matching")
     return lean_adjoint(policy, sampler, batch, path, adjoint, set(chosen), coarse), reward
 

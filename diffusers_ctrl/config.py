@@ -42,17 +42,18 @@ class CTRLConfig:
     )
     num_regression_steps: int | None = option(
         None,
-        "adjoint_matching: regress on so many random steps of each trajectory; a fifth of those with noise by default, at least 4.",
+        "adjoint_matching: regress on so many random steps of each trajectory, or on all, where there are fewer with noise; a fifth of them "
+        "by default, at least 4.",
     )
     coarse_adjoint: bool = option(
         True,
-        "adjoint_matching: solve the adjoint at the states of the steps that are regressed on only, as a sampler of so few steps would: "
-        "most of an update's time, for some per cent of bias. false: at every step.",
+        "adjoint_matching: solve the adjoint where the regressed steps need it only, with the clean sample held in between: faster, some per "
+        "cent off. false: at every step.",
     )
     adjoint_passes: int = option(
         1,
-        "adjoint_matching: optimizer steps that a batch of trajectories serves, each on other random steps of it, all dealt out by "
-        "default. Cheaper a step; the later ones learn from trajectories a little out of date.",
+        "adjoint_matching: optimizer steps that a batch of trajectories serves, each on other random steps of it (by default all are dealt "
+        "out). Cheaper a step; the later ones learn from trajectories a little out of date.",
     )
     clip_range: float = option(0.2, "policy_gradient: PPO's clipping of a step's density ratio.")
     ppo_epochs: int = option(2, "policy_gradient: passes over each batch of trajectories.")
@@ -140,6 +141,7 @@ class CTRLConfig:
             "num_inference_steps",
             "lora_rank",
             "label_bins",
+            "num_regression_steps",
             "adjoint_passes",
             "num_kl_steps",
             "ppo_epochs",
@@ -163,10 +165,19 @@ class CTRLConfig:
             raise ValueError("merge_lora needs the base's weights whole: leave it out with shard_base.")
 
     def regression_steps(self, noisy: int) -> int:
-        """How many of so many noisy steps adjoint_matching regresses on in each pass."""
-        if self.num_regression_steps is not None:
-            return self.num_regression_steps
-        return max(1, noisy // self.adjoint_passes) if self.adjoint_passes > 1 else min(noisy, max(4, round(noisy / 5)))
+        """Of so many noisy steps, how many adjoint_matching regresses on in an update, in all passes together.
+
+        Raises ValueError where the passes cannot have steps of their own.
+        """
+        each, passes = self.num_regression_steps, self.adjoint_passes
+        if passes == 1:
+            return min(noisy, max(4, round(noisy / 5)) if each is None else each)
+        if passes * (each or 1) > noisy:
+            asked = f"adjoint_passes = {passes}" + ("" if each is None else f" of num_regression_steps = {each}")
+            raise ValueError(
+                f"{asked} need{'s' if each is None else ''} {passes * (each or 1)} noisy steps, each its own; there are {noisy}: ask for fewer."
+            )
+        return noisy if each is None else passes * each
 
     @property
     def reuses_trajectories(self) -> bool:

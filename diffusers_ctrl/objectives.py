@@ -12,7 +12,8 @@ linear in the KL_k, so those of a random subset of steps, scaled, give an unbias
 of the tuned model, but through the *base* steps only (the lean adjoint): a_K = −gamma ∇log p̂(x_K), a_k = (∂mu_pre/∂x_k)ᵀ a_{k+1}.
 The optimal control is u_k = −sigma_k E[a_{k+1} | x_k], so regress u_k(x_k) on −sigma_k a_{k+1}. The noise of step k enters
 x_{k+1}, hence the index k + 1. Where u = 0 the two gradients agree to rounding on the same noise. On a random subset of steps, scaled, the
-regression is unbiased. The targets of a trajectory do not depend on theta (`adjoints.py`): several optimizer steps may share them.
+regression is unbiased; with a coarse adjoint, solved at the states of that subset alone, it is some per cent off and much cheaper. The
+targets of a trajectory do not depend on theta (`adjoints.py`): several optimizer steps may share them.
 
 `policy_gradient` (PPO, arXiv 1707.06347; for diffusion DDPO, arXiv 2305.13301) needs no gradient of log p̂ at all:
 
@@ -141,12 +142,18 @@ def _recomputed_backprop(
 def random_steps(
     sampler: Sampler, count: int, generator: torch.Generator | None = None, name: str = "num_regression_steps"
 ) -> list[int]:
-    """A random subset of the noisy steps, by their numbers 0 … N−1."""
+    """A random subset of the noisy steps, by their numbers 0 … N−1, in random order: each step is in it with probability count / N.
+
+    Evenly spread (a systematic sample: every N/count-th from a random start), so that the steps stand for all with less noise, and
+    none is far from the next.
+    """
     total = len(sampler.noisy_steps)
     if not 1 <= count <= total:
         raise ValueError(f"{name} must be between 1 and the number of noisy steps, {total}; got {count}.")
     device = generator.device if generator is not None else "cpu"
-    return torch.randperm(total, generator=generator, device=device)[:count].tolist()
+    start = torch.rand((), generator=generator, device=device).item()
+    order = torch.randperm(count, generator=generator, device=device).tolist()
+    return [min(int((start + i) * total / count), total - 1) for i in order]
 
 
 def adjoint_matching(
@@ -167,8 +174,10 @@ def adjoint_matching(
 
     Args:
         targets: of trajectories to learn from, which an earlier policy may have drawn; fresh ones if None.
-        steps: which noisy steps (0 … N−1) to regress on, all by default; the loss is scaled to stand for all. With `random_steps` it is
-            an unbiased estimate of Σ_k ½‖u_k + sigma_k adjoint_{k+1}‖², averaged over the batch. Targets must have them.
+        steps: which noisy steps (0 … N−1) to regress on, all by default; the loss is scaled to stand for all. With `random_steps`, and
+            without `coarse`, it is an unbiased estimate of Σ_k ½‖u_k + sigma_k adjoint_{k+1}‖², averaged over the batch. Targets must have them.
+        coarse: solve the adjoint of fresh trajectories at the x_{k+1} of these steps only (`lean_adjoint`): biased, benchmarks/one_gradient.py
+            says how much. With all steps it is the same.
     """
     noisy = sampler.noisy_steps
     chosen = noisy if steps is None else [noisy[i] for i in steps]

@@ -3,14 +3,16 @@
 A gradient through a sampler, or along its trajectory, needs the states from the last to the first. Two things would grow with K: the
 activations of the denoiser's calls, and the states. The first do not where the gradient of each step is taken as soon as the step's
 own loss is there (`StepLosses`). Of the states, up to KEPT_STATES are kept; of a longer trajectory every n-th, and the n − 1 in between
-are computed again on the way back, with the random numbers that they had (one more call of the tuned model each, no gradient).
+are computed again on the way back, with the random numbers that they had (one more call of the tuned model each, no gradient). Where it is
+known beforehand which are needed, and they are few, those are kept and nothing is computed again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
@@ -26,8 +28,8 @@ KEPT_STATES = 64
 class Path:
     """A trajectory of the tuned model, taken without a graph.
 
-    spans: the steps in order, in runs of equal length (the last may be shorter). states: x_k at the first step of each run,
-    (B, C, *); random: a copy of the generator as it was there. sample: x_K, (B, C, *).
+    spans: the steps in order, in runs. states: x_k at the first step of each run, (B, C, *); random: a copy of the generator as it was
+    there. sample: x_K, (B, C, *).
     """
 
     spans: tuple[range, ...]
@@ -36,13 +38,21 @@ class Path:
     sample: torch.Tensor
 
 
-def walk(policy: Policy, sampler: Sampler, batch: Batch, generator: RandomSource, kept: int = KEPT_STATES) -> Path:
-    """Samples a trajectory as `rollout` does, keeping at most `kept` of its states."""
+def walk(
+    policy: Policy,
+    sampler: Sampler,
+    batch: Batch,
+    generator: RandomSource,
+    kept: int = KEPT_STATES,
+    needed: Collection[int] | None = None,
+) -> Path:
+    """Samples a trajectory as `rollout` does, keeping at most `kept` of its states: those `needed`, if so few are, else every n-th."""
     steps = len(sampler.timesteps)
     stride = -(-steps // kept)
-    spans = tuple(range(first, min(first + stride, steps)) for first in range(0, steps, stride))
+    firsts = list(range(0, steps, stride)) if needed is None or len(needed) >= kept else sorted({0, *needed})
+    spans = tuple(range(first, end) for first, end in pairwise([*firsts, steps]))
     x, states, random = batch.noise, [], []
-    if generator is None and stride > 1:  # what is drawn again must come from a generator that can be set back
+    if generator is None and len(spans) < steps:  # what is drawn again must come from a generator that can be set back
         generator = torch.Generator(x.device).manual_seed(int(torch.randint(2**62, ())))
     for span in spans:
         states.append(x)
@@ -62,6 +72,17 @@ def backwards(policy: Policy, sampler: Sampler, batch: Batch, path: Path) -> Ite
         for k, x in zip(reversed(span), reversed(states), strict=True):
             yield k, x, following
             following = x
+
+
+def states_at(
+    policy: Policy, sampler: Sampler, batch: Batch, path: Path, wanted: Collection[int]
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """(k, x_k) for the steps k `wanted`, from the last to the first; nothing is computed again where the path has them all."""
+    firsts = [span[0] for span in path.spans]
+    if set(wanted) <= set(firsts):
+        yield from ((k, x) for k, x in zip(reversed(firsts), reversed(path.states), strict=True) if k in wanted)
+    else:
+        yield from ((k, x) for k, x, _ in backwards(policy, sampler, batch, path) if k in wanted)
 
 
 def _copied(source: RandomSource) -> RandomSource:

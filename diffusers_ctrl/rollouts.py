@@ -94,8 +94,11 @@ class Sampler:
         return frozenset(float(t) for k, t in enumerate(self.timesteps) if k not in self.noisy_steps)
 
     @cached_property
-    def _held_weights(self) -> tuple[tuple[float, float], ...]:
-        """(A, B) of each step, whose mean is A · state + B · clean estimate; read off its transition where nothing is clipped."""
+    def held_weights(self) -> tuple[tuple[float, float], ...]:
+        """(A, B) of each step, whose mean is A · state + B · clean estimate; read off its transition where nothing is clipped.
+
+        Raises ValueError where a transition does not say its clean estimate, `denoised`.
+        """
         weights, small = [], 1e-3
         for t in self.timesteps:
             x, output = torch.zeros(1, 3, 1, 1, dtype=torch.float64), self._probe_output(small)
@@ -103,7 +106,8 @@ class Sampler:
             of_state = self.transition(torch.zeros_like(output), t, x + small)
             if of_output.denoised is None:
                 raise ValueError(
-                    f"{type(self.scheduler).__name__} has a transition that does not say what clean sample it was made from."
+                    f"The transition of {type(self.scheduler).__name__} has no `denoised`, the clean sample that it was made from, which a coarse "
+                    "adjoint needs: give it one, or set coarse_adjoint: false."
                 )
             clean = (of_output.mean / of_output.denoised).flatten()[0].item()
             state = ((of_state.mean - clean * of_state.denoised) / small).flatten()[0].item()
@@ -111,14 +115,13 @@ class Sampler:
         return tuple(weights)
 
     def held(self, base: Transition, k: int, end: int) -> torch.Tensor:
-        """The mean of x_end, (B, *), were the clean sample of the transition of step k < end held over the later steps too.
-
-        Raises ValueError for more than one step of a transition that does not have its `denoised`.
-        """
-        x = base.mean
-        for state, clean in self._held_weights[k + 1 : end] if end > k + 1 else ():
-            x = state * x + clean * base.denoised
-        return x
+        """The mean of x_end, (B, *), were the clean sample of the transition of step k < end held over the later steps too."""
+        if end == k + 1:
+            return base.mean
+        of_state, of_clean = 1.0, 0.0
+        for state, clean in self.held_weights[k + 1 : end]:
+            of_state, of_clean = state * of_state, state * of_clean + clean
+        return of_state * base.mean + of_clean * base.denoised
 
     def transition(self, output: torch.Tensor, t: torch.Tensor | float, x: torch.Tensor) -> Transition:
         return transition(self.scheduler, output, t, x, **self.options)

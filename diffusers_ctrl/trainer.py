@@ -139,6 +139,10 @@ class CTRLTrainer:
             own = type(scheduler).from_config(scheduler.config)  # a scheduler holds one grid of timesteps
             coarse = Sampler(own, config.coarse_steps, self.environment.sampler.options)
             self.coarse = replace(self.environment, sampler=coarse)
+        if config.objective == "adjoint_matching":
+            for noisy, sampler in ((len(own.sampler.noisy_steps), own.sampler) for own in (self.environment, self.coarse)):
+                if config.regression_steps(noisy) < noisy and config.coarse_adjoint:
+                    _ = sampler.held_weights  # raises here, not at the first update, where the scheduler does not say them
         self.log_partition = log_partition
         self.save_images = save_images
         groups = policy.trainable_parameters()
@@ -378,14 +382,8 @@ class CTRLTrainer:
         if config.objective == "direct_backprop" and config.num_kl_steps is not None:
             return [{"kl_steps": random_steps(environment.sampler, config.num_kl_steps, generator, "num_kl_steps")}]
         if config.objective == "adjoint_matching":
-            each, passes = config.regression_steps(count), config.adjoint_passes
-            if passes > 1 and passes * each > count:
-                raise ValueError(
-                    f"adjoint_passes = {passes} of num_regression_steps = {each} need {passes * each} noisy steps, each its own; there are {count}."
-                )
-            drawn = count if config.num_regression_steps is None and passes > 1 else passes * each
-            order = torch.tensor(random_steps(environment.sampler, drawn, generator))
-            return [{"steps": part.tolist(), "coarse": config.coarse_adjoint} for part in order.tensor_split(passes)]
+            order = torch.tensor(random_steps(environment.sampler, config.regression_steps(count), generator))
+            return [{"steps": part.tolist(), "coarse": config.coarse_adjoint} for part in order.tensor_split(config.adjoint_passes)]
         if config.objective != "policy_gradient":
             return [{}]
         passes = []

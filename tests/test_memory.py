@@ -12,7 +12,7 @@ import torch
 from diffusers import DDPMScheduler
 from test_objectives import gradient
 
-from diffusers_ctrl import CTRLConfig, objectives, paths, policy
+from diffusers_ctrl import CTRLConfig, adjoints, objectives, paths, policy
 from diffusers_ctrl.evaluation import draw_samples
 from diffusers_ctrl.objectives import adjoint_matching, direct_backprop, policy_gradient
 from diffusers_ctrl.paths import backwards, walk
@@ -82,7 +82,8 @@ def test_states_that_are_computed_again_are_the_same_bit_for_bit(objective, gene
         rollout(tuned, environment.sampler, batch, other, reference=False)
         assert torch.equal(*(standard_normal((3, 2, 4, 4), own, device, torch.float64) for own in (source, other)))
     expected = gradient(objective, tuned, environment)
-    monkeypatch.setattr(objectives, "walk", lambda *args: walk(*args, kept=3))
+    for module in (objectives, adjoints):
+        monkeypatch.setattr(module, "walk", lambda *args, **kwargs: walk(*args, kept=3, **kwargs))
     assert torch.equal(gradient(objective, tuned, environment), expected)
 
 
@@ -202,6 +203,21 @@ def test_nothing_is_checkpointed_where_no_gradient_flows(monkeypatch):
     # sampling with both models, then the tuned one at 4 steps
     ppo = calls(lambda tuned: gradient(policy_gradient, tuned, environment), monkeypatch)
     assert ppo == {"graph": 4, "no graph": 9, "checkpoints": 4 * blocks}
+
+
+def test_of_a_long_trajectory_only_the_states_that_a_coarse_adjoint_needs_are_kept_and_none_is_computed_again(monkeypatch):
+    environment, tuned = tiny_environment(steps=100), tiny_policy(perturb=0.1)
+    few = calls(lambda policy: gradient(adjoint_matching, policy, environment, steps=[10, 50, 80], coarse=True), monkeypatch)
+    assert (
+        few["graph"] == 6 and few["no graph"] == 103
+    )  # sampling, and the base at the three steps; the adjoint, and the tuned model
+    # more than are kept: every second state, the others computed again, and the same gradient
+    environment = tiny_environment(steps=40)
+    expected = gradient(adjoint_matching, tuned, environment, steps=list(range(0, 39, 3)), coarse=True)
+    monkeypatch.setattr(adjoints, "walk", lambda *args, **kwargs: walk(*args, kept=20, **kwargs))
+    torch.testing.assert_close(
+        gradient(adjoint_matching, tuned, environment, steps=list(range(0, 39, 3)), coarse=True), expected, rtol=1e-12, atol=1e-14
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -145,6 +146,12 @@ def test_regression_on_a_random_subset_of_steps_is_unbiased():
     batch = environment.draw(6, torch.Generator().manual_seed(5))
     whole = gradient(adjoint_matching, policy, environment)
     assert gradient(adjoint_matching, policy, environment, steps=[2, 0, 3, 1]).allclose(whole)  # 5 steps, the last without noise
+    counts, longer = torch.zeros(19), tiny_environment(steps=20).sampler
+    for seed in range(2000):  # of 19 steps 4: each as often, and well apart
+        drawn = random_steps(longer, 4, torch.Generator().manual_seed(seed))
+        assert len(set(drawn)) == 4 and min(b - a for a, b in pairwise(sorted(drawn))) >= 4
+        counts[drawn] += 1
+    assert (counts / 2000 - 4 / 19).abs().max() < 5 * (4 / 19 * 15 / 19 / 2000) ** 0.5
     losses = []
     for seed in range(40):
         # the same trajectory, another subset
@@ -435,7 +442,7 @@ def gaussian_trainer(folder, rank: int, gamma_range=None, **settings) -> tuple[C
     "settings",
     [
         {"objective": "direct_backprop"},
-        {"objective": "adjoint_matching"},
+        {"objective": "adjoint_matching", "num_regression_steps": 49},
         {"objective": "adjoint_matching", "num_regression_steps": 10, "coarse_adjoint": True},
         {"objective": "policy_gradient"},
     ],

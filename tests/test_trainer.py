@@ -12,6 +12,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from diffusers_ctrl import Categorical, CTRLConfig, CTRLTrainer, LabelSpace, Policy
 from diffusers_ctrl.checkpoints import MANIFEST_NAME, STATE_NAME, TENSORS_NAME, read_checkpoint
 from diffusers_ctrl.config import make_sampler
+from diffusers_ctrl.rollouts import Sampler
 from diffusers_ctrl.trainer import TrainingStopped
 from problems import GaussianDenoiser, GaussianLikelihood, cosine_scheduler
 
@@ -157,17 +158,44 @@ def test_the_steps_whose_kl_is_counted_are_drawn_once_an_update(tmp_path):
 
 
 def test_passes_that_find_too_few_steps_are_an_error(tmp_path):
-    trainer = make_trainer(tmp_path, objective="adjoint_matching", num_regression_steps=4, adjoint_passes=3)
     with pytest.raises(
-        ValueError, match="adjoint_passes = 3 of num_regression_steps = 4 need 12 noisy steps, each its own; there are 9"
+        ValueError,
+        match="adjoint_passes = 3 of num_regression_steps = 4 need 12 noisy steps, each its own; there are 9: ask for fewer",
     ):
-        trainer.train()
+        make_trainer(tmp_path, objective="adjoint_matching", num_regression_steps=4, adjoint_passes=3)
+    with pytest.raises(ValueError, match="adjoint_passes = 10 needs 10 noisy steps, each its own; there are 9"):
+        make_trainer(tmp_path, objective="adjoint_matching", adjoint_passes=10)
+    with pytest.raises(ValueError, match="num_regression_steps must be at least 1, got -1"):
+        make_trainer(tmp_path, num_regression_steps=-1)
     with pytest.raises(ValueError, match="adjoint_passes must be at least 1, got 0"):
         make_trainer(tmp_path, adjoint_passes=0)
     # without their number all steps are dealt out to the passes
     trainer = make_trainer(tmp_path, objective="adjoint_matching", adjoint_passes=2)
     passes = [options["steps"] for options in trainer._passes(trainer.environment, torch.Generator())]
     assert [len(steps) for steps in passes] == [5, 4] and sorted(sum(passes, [])) == list(range(9))
+
+
+@pytest.mark.parametrize(("noisy", "asked", "expected"), [(49, None, 10), (19, None, 4), (3, None, 3), (19, 7, 7), (7, 1000, 7)])
+def test_a_fifth_of_the_steps_is_regressed_on_by_default(noisy, asked, expected):
+    assert CTRLConfig(num_regression_steps=asked).regression_steps(noisy) == expected
+
+
+def test_the_coarse_adjoint_is_the_default_and_can_be_left(tmp_path, monkeypatch):
+    seen = []
+    trainer = make_trainer(tmp_path / "default", objective="adjoint_matching")
+    assert [(len(one["steps"]), one["coarse"]) for one in trainer._passes(trainer.environment, torch.Generator())] == [(4, True)]
+    held = Sampler.held
+    monkeypatch.setattr(Sampler, "held", lambda self, base, k, end: (seen.append(end - k), held(self, base, k, end))[1])
+    one = make_trainer(tmp_path / "coarse", objective="adjoint_matching", num_regression_steps=2, max_updates=1)
+    one.train()
+    assert max(seen) > 1
+    seen.clear()
+    other = make_trainer(
+        tmp_path / "fine", objective="adjoint_matching", num_regression_steps=2, max_updates=1, coarse_adjoint=False
+    )
+    other.train()
+    assert set(seen) == {1}
+    assert any(not torch.equal(value, weights(other)[name]) for name, value in weights(one).items())
 
 
 def test_gamma_is_drawn_over_its_range(tmp_path):

@@ -198,13 +198,13 @@ def main() -> None:
                 f"largest z against finite differences {row['finite_difference_z']:.1f}",
                 flush=True,
             )
+    for point, perturb, guidance in (("start", 0.0, 1.0), ("perturbed", 0.1, 1.0), ("perturbed", 0.1, 7.5)):
+        policy = tiny_policy(guidance, perturb)
         coarse, fine = coarse_and_fine(policy, tiny_environment(steps=COARSE_STEPS), COARSE_COUNT, *settings)
-        row = compare(coarse, fine)
-        rows.append(
-            {"point": point, "objective": "adjoint_matching, coarse adjoint", "steps": COARSE_STEPS, "count": COARSE_COUNT, **row}
-        )
+        row = {"steps": COARSE_STEPS, "count": COARSE_COUNT, "guidance_scale": guidance, **compare(coarse, fine)}
+        rows.append({"point": point, "objective": "adjoint_matching, coarse adjoint", **row})
         print(
-            f"{point:10} coarse adjoint    {COARSE_COUNT} of {COARSE_STEPS - 1} steps, in expectation: relative error {row['relative_error']:+.3f} ± "
+            f"{point:10} coarse adjoint, guidance {guidance}: {COARSE_COUNT} of {COARSE_STEPS - 1} steps, in expectation: relative error {row['relative_error']:+.3f} ± "
             f"{row['relative_error_se']:.3f}, cosine {row['cosine']:.4f} ± {row['cosine_se']:.4f}",
             flush=True,
         )

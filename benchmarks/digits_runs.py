@@ -29,7 +29,7 @@ from experiment import clock  # noqa: E402
 
 from diffusers_ctrl import Categorical, Classifier, CTRLConfig, CTRLTrainer, LabelSpace, Policy  # noqa: E402
 from diffusers_ctrl.adapters import resolve_folder  # noqa: E402
-from diffusers_ctrl.classifiers import fit_classifier  # noqa: E402
+from diffusers_ctrl.classifiers import epochs_for, fit_classifier  # noqa: E402
 from diffusers_ctrl.decoding import decoder, round_trip  # noqa: E402
 from diffusers_ctrl.evaluation import Samples, draw_samples, evaluate, judge  # noqa: E402
 from diffusers_ctrl.recording import record_conditions  # noqa: E402
@@ -41,7 +41,6 @@ from digits_data import ATTRIBUTES, PROMPTS, digit_oracle, drawn_digits, oracle 
 # seconds of a call of the base, 32 rows, where the results were made: a core to itself, its other hyperthread busy
 BASE_STEP = 0.025
 PRICED = 3  # updates that are timed for their price
-RECIPE_LABELS = 600  # of training/configs/digits_stroke.yaml
 
 
 @dataclass(frozen=True)
@@ -100,18 +99,9 @@ def seen_digits(base: str) -> torch.Tensor:
     return round_trip(open_pipe(base), drawn_digits()[0])
 
 
-def epochs_for(labels: int, max_epochs: int) -> dict[str, int]:
-    """`fit_classifier`'s epochs and patience for so many labels. max_epochs: the recipe's, for its 600 labels.
-
-    Fewer labels get as many optimizer steps, not as many epochs: 80 epochs of 100 labels are 160 steps, and leave the classifier at chance.
-    """
-    epochs = max(max_epochs, round(max_epochs * RECIPE_LABELS / labels))
-    return {"max_epochs": epochs, "patience": max(1, epochs // 4)}
-
-
 def cached_classifier(base: str, labels: Labels, folder: Path, max_epochs: int = 80) -> tuple[Classifier, float]:
     """The recipe's classifier, fitted once for all runs with the same labels; and the seconds that this took."""
-    epochs = epochs_for(labels.count, max_epochs)
+    epochs = epochs_for(labels.count, max_epochs)  # as many optimizer steps for few labels as for the recipe's
     name = f"{labels.attribute}-{labels.count}-{labels.corrupted:g}-{labels.members}-{epochs['max_epochs']}-{labels.seed}"
     folder = folder / f"classifier-{name}"
     if (folder / "seconds.json").is_file():

@@ -165,7 +165,7 @@ class Policy(nn.Module):
     def merged(self, enabled: bool = True) -> Iterator[None]:
         """Within the block the tuned model runs with W + BA computed once, in place of W and two more layers beside each.
 
-        The same function of the same parameters, gradients included, at about half the cost on small models; worth it wherever
+        The same function of the same parameters, gradients included, at two thirds of the cost on small models; worth it wherever
         the base's weights are float32 and the parameters do not change within the block (one update, or sampling). Does nothing
         where the denoiser checkpoints its blocks, which are recomputed after the merged weights are gone.
         """

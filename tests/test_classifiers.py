@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from diffusers_ctrl import Categorical, Classifier, Continuous, LabelSpace
 from diffusers_ctrl.adapters import resolve_folder
 from diffusers_ctrl.calibration import STD_FLOOR, fit_temperature
-from diffusers_ctrl.classifiers import _split, calibrate, fit_classifier
+from diffusers_ctrl.classifiers import _split, calibrate, epochs_for, fit_classifier
 from digits_data import drawn_digits
 
 
@@ -60,6 +60,11 @@ def test_it_learns():
     assert all(found.accuracy > 0.95 for found in report.attributes.values())
     assert (report.num_train, report.num_validation) == (240, 60)
     assert not classifier.training and not any(p.requires_grad for p in classifier.parameters())
+
+
+def test_fewer_labels_get_as_many_optimizer_steps():
+    assert epochs_for(600) == epochs_for(1600) == {"max_epochs": 80, "patience": 20}
+    assert epochs_for(100) == {"max_epochs": 480, "patience": 120}
 
 
 def test_it_is_calibrated_where_labels_are_noisy():

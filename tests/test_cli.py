@@ -279,6 +279,19 @@ def test_an_unconditional_base(ddpm_folder, tmp_path):
     assert pipe(label=["light", "dark"], output_type="np").images.shape == (2, 8, 8, 3)
 
 
+def test_few_labels_get_more_epochs_of_the_classifier_unless_they_are_given(sd_folder, tmp_path, monkeypatch):
+    seen, original = [], likelihood.fit_classifier
+
+    def briefly(*args, max_epochs, patience=20, **kwargs):
+        seen.append((max_epochs, patience))
+        return original(*args, max_epochs=1, **kwargs)
+
+    monkeypatch.setattr(likelihood, "fit_classifier", briefly)
+    smoke(sd_folder, tmp_path / "default", classifier_epochs=None, max_updates=1)
+    smoke(sd_folder, tmp_path / "given", classifier_epochs=3, max_updates=1)
+    assert seen == [(1200, 300), (3, 20)]
+
+
 @pytest.fixture(scope="module")
 def gamma_run(sd_folder, tmp_path_factory, datasets_cache):
     return smoke(sd_folder, tmp_path_factory.mktemp("cli-gamma"), gamma_range=[0.5, 4.0])

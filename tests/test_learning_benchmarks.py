@@ -21,7 +21,6 @@ from digits_runs import (
     cached_classifier,
     config_of,
     corrupt,
-    epochs_for,
     fit_to_seconds,
     make_trainer,
     train,
@@ -62,11 +61,6 @@ def test_fewer_labels_are_a_part_of_more_and_unseen_is_the_rest():
     assert torch.equal(few.rows, many.rows[:50])
     assert set(many.rows.tolist()) | set(many.unseen.tolist()) == set(range(1797)) and len(many.unseen) == 1397
     assert (many.given() != Labels("stroke", 400, 3).given()).sum() == 80
-
-
-def test_fewer_labels_get_as_many_optimizer_steps():
-    assert epochs_for(600, 80) == epochs_for(1600, 80) == {"max_epochs": 80, "patience": 20}  # fit_classifier's own patience
-    assert epochs_for(100, 80) == {"max_epochs": 480, "patience": 120}
 
 
 def test_the_truth_is_of_the_class_that_the_oracle_reads(folder):

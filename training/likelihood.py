@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline
 from diffusers_ctrl import Categorical, Continuous, CTRLConfig, LabelSpace, processes
 from diffusers_ctrl.calibration import CalibrationReport
 from diffusers_ctrl.checkpoints import differences, fingerprint, write_file
-from diffusers_ctrl.classifiers import Classifier, MoreBatches, fit_classifier, resized
+from diffusers_ctrl.classifiers import Classifier, MoreBatches, epochs_for, fit_classifier, resized
 from diffusers_ctrl.decoding import decoder, round_trip
 from diffusers_ctrl.labels import Attribute
 from diffusers_ctrl.rewards import attribute_rewards, classifier_reward
@@ -236,18 +236,21 @@ def fit_classifier_into(
     if task.dry_run:  # as large and as slow as a fitted one
         return classifier.eval().requires_grad_(False), dict(NOTHING_FITTED)
     batch = 64
+    epochs = epochs_for(len(images) if more is None else task.epoch_labels)
+    if task.classifier_epochs is not None:
+        epochs = {"max_epochs": task.classifier_epochs}
     report = fit_classifier(
         classifier,
         images,
         labels,
         seed=config.seed,
-        max_epochs=task.classifier_epochs,
+        **epochs,
         batch_size=batch,
         more=more,
         epoch_batches=max(1, task.epoch_labels // batch),
     )
     print(report.lines(), flush=True)
-    for sentence in warnings_of(report, space, labels, task.classifier_epochs):
+    for sentence in warnings_of(report, space, labels, epochs["max_epochs"]):
         print(f"Warning: {sentence}", flush=True)
     classifier.save_pretrained(folder)
     saved = {

@@ -116,7 +116,11 @@ class TaskConfig:
         5, "Networks whose probabilities are averaged, each cross-fitted without a part of the labels."
     )
     classifier_coordinates: bool = option(True, "Whether the classifier sees where a pixel is, as slant or position need.")
-    classifier_epochs: int = option(80, "At most so many epochs; early stopping on labels that are held out.")
+    classifier_epochs: int | None = option(
+        None,
+        "At most so many epochs; early stopping on labels that are held out. By default 80, and with fewer than 600 labels as many optimizer "
+        "steps as for 600.",
+    )
     oracle: list[str] | None = option(None, "module:function, images -> true class or value; for evaluation only.")
     prompt_oracle: str | None = option(None, "module:function, images, list of prompts -> bool; for evaluation only.")
     eval_samples: int = option(300, "Samples per label in the final evaluation.")

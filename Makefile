@@ -46,5 +46,5 @@ smoke-learning:
 	python benchmarks/sample_efficiency.py --smoke --results $(SMOKE)/sample_efficiency
 	python benchmarks/ablations.py --smoke --results $(SMOKE)/ablations
 	python benchmarks/time_to_gap.py --smoke --results $(SMOKE)/time_to_gap
-	python benchmarks/step_time.py --smoke --output $(SMOKE)/step_time.json
+	python benchmarks/step_time.py --smoke --threads 1 --output $(SMOKE)/step_time.json
 	python benchmarks/label_cost.py --smoke --output $(SMOKE)/label_cost.json

@@ -30,6 +30,6 @@ setup(
     ],
     extras_require={
         "train": ["datasets>=4.0", "scikit-learn>=1.5", "matplotlib>=3.8", "tensorboard>=2.14", "pyyaml"],
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff"],
+        "test": ["pytest>=8", "pytest-xdist>=3.7", "ruff"],
     },
 )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -190,7 +189,7 @@ def base_step(trainer: CTRLTrainer) -> float:
 
 
 def price_of(trainer: CTRLTrainer, coarse: bool) -> Price:
-    """What updates cost, from the middle one of a few, measured in calls of the base that are timed in between. Nothing is learned here.
+    """What updates cost, from the least of a few, measured in calls of the base that are timed in between. Nothing is learned here.
 
     Both slow down together where a core is shared, by up to three times here; their ratio is what a quiet core would show.
     """
@@ -205,7 +204,7 @@ def price_of(trainer: CTRLTrainer, coarse: bool) -> Price:
             trainer._step()
             updates.append(clock() - started)
         trainer.update = 0
-        return statistics.median(updates) / statistics.median(calls) * BASE_STEP
+        return min(updates) / min(calls) * BASE_STEP
 
     found = Price(seconds_of_an_update(True) if coarse else 0.0, seconds_of_an_update(False))
     trainer.peaks, trainer.baseline = peaks, None

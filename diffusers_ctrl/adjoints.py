@@ -4,7 +4,7 @@ a_K = −gamma ∇log p̂(x_K), a_k = (∂mu_pre/∂x_k)ᵀ a_{k+1}: once a traj
 targets of some of its steps can be kept, and several optimizer steps learn from them, as PPO learns from its trajectories; what is
 out of date in the later ones is only which states the policy would visit.
 
-Solving the adjoint at every step is a third of an update's time. A coarse adjoint is solved at the states of the regressed steps alone; it
+Solving the adjoint at every step is about half of an update's time. A coarse adjoint is solved at the states of the regressed steps alone; it
 is no longer that of the sampler, but of one with fewer steps along the same trajectory.
 """
 
@@ -56,11 +56,6 @@ def final_adjoint(
     return adjoint, reward.detach()
 
 
-def _needed(chosen: Collection[int], steps: int, coarse: bool) -> set[int]:
-    """The k at whose x_k the adjoint is solved: all down to the earliest that a chosen step asks for, or those that are asked for."""
-    return {k + 1 for k in chosen if k + 1 < steps} if coarse else set(range(min(chosen) + 1, steps))
-
-
 def lean_adjoint(
     policy: Policy,
     sampler: Sampler,
@@ -68,21 +63,21 @@ def lean_adjoint(
     path: Path,
     adjoint: torch.Tensor,
     chosen: Collection[int],
-    coarse: bool = False,
+    solved_at: Collection[int],
 ) -> Iterator[Target]:
     """Solves the lean adjoint backwards along a trajectory, from adjoint = ∂(−gamma log p̂)/∂x_K, for the steps k of `chosen`.
 
-    adjoint_k = ∂(−gamma log p̂)/∂x_k through the base. It is solved at every state down to the earliest that a chosen step needs; with
-    `coarse` only at those that are needed, x_{k+1} of each chosen k. From one of these to the next the clean sample that the base sees
-    at the first is held (`Sampler.held`): on a memoryless scheduler, the step of a sampler that has no states in between.
+    adjoint_k = ∂(−gamma log p̂)/∂x_k through the base. It is solved at the states x_k, k of `solved_at`, which has k + 1 for every chosen
+    k + 1 < K. From one of these to the next the clean sample that the base sees at the first is held (`Sampler.held`): on a memoryless
+    scheduler, the step of a sampler that has no states in between.
 
     Yields:
         (k, x_k, the base's transition at x_k, adjoint_{k+1}), from the last chosen step to the first.
     """
-    needed, known = _needed(chosen, len(sampler.timesteps), coarse), len(sampler.timesteps)  # the adjoint is known of x_known
-    for k, x in states_at(policy, sampler, batch, path, needed | set(chosen)):
+    known = len(sampler.timesteps)  # the adjoint is known of x_known
+    for k, x in states_at(policy, sampler, batch, path, {*chosen, *solved_at}):
         following = adjoint
-        if k in needed:
+        if k in solved_at:
             x = x.detach().requires_grad_()
             with policy.uncheckpointed(), torch.enable_grad():
                 base = base_transition(policy, sampler, batch, k, x)
@@ -104,11 +99,15 @@ def solved(
     chosen: Sequence[int],
     coarse: bool = False,
 ) -> tuple[Iterator[Target], torch.Tensor]:
-    """The targets of the `chosen` steps k on fresh trajectories, from the last to the first as they are asked for; and log p̂, (B,) nats."""
-    needed = _needed(chosen, len(sampler.timesteps), coarse) | set(chosen)
-    path = walk(policy, sampler, batch, generator, needed=needed)
+    """The targets of the `chosen` steps k on fresh trajectories, from the last to the first as they are asked for; and log p̂, (B,) nats.
+
+    The adjoint is solved at every state down to the earliest that a chosen step asks for; with `coarse` only at those that one asks for.
+    """
+    steps = len(sampler.timesteps)
+    solved_at = {k + 1 for k in chosen if k + 1 < steps} if coarse else set(range(min(chosen) + 1, steps))
+    path = walk(policy, sampler, batch, generator, needed={*chosen, *solved_at})
     adjoint, reward = final_adjoint(path.sample, batch, log_likelihood, "adjoint_matching")
-    return lean_adjoint(policy, sampler, batch, path, adjoint, set(chosen), coarse), reward
+    return lean_adjoint(policy, sampler, batch, path, adjoint, chosen, solved_at), reward
 
 
 def collect_targets(
@@ -121,7 +120,7 @@ def collect_targets(
     steps: Sequence[int],
     coarse: bool = False,
 ) -> Targets:
-    """The targets of these noisy steps (0 … N−1) on fresh trajectories, to learn from several times. coarse: see `lean_adjoint`."""
+    """The targets of these noisy steps (0 … N−1) on fresh trajectories, to learn from several times. coarse: see `solved`."""
     chosen = [sampler.noisy_steps[i] for i in steps]
     targets, reward = solved(policy, sampler, batch, log_likelihood, generator, chosen, coarse)
     return Targets(tuple(targets), reward)

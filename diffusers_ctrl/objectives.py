@@ -176,7 +176,7 @@ def adjoint_matching(
         targets: of trajectories to learn from, which an earlier policy may have drawn; fresh ones if None.
         steps: which noisy steps (0 … N−1) to regress on, all by default; the loss is scaled to stand for all. With `random_steps`, and
             without `coarse`, it is an unbiased estimate of Σ_k ½‖u_k + sigma_k adjoint_{k+1}‖², averaged over the batch. Targets must have them.
-        coarse: solve the adjoint of fresh trajectories at the x_{k+1} of these steps only (`lean_adjoint`): biased, benchmarks/one_gradient.py
+        coarse: solve the adjoint of fresh trajectories at the x_{k+1} of these steps only (adjoints.py): biased, benchmarks/one_gradient.py
             says how much. With all steps it is the same.
     """
     noisy = sampler.noisy_steps

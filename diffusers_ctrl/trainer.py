@@ -140,8 +140,9 @@ class CTRLTrainer:
             coarse = Sampler(own, config.coarse_steps, self.environment.sampler.options)
             self.coarse = replace(self.environment, sampler=coarse)
         if config.objective == "adjoint_matching":
-            for noisy, sampler in ((len(own.sampler.noisy_steps), own.sampler) for own in (self.environment, self.coarse)):
-                if config.regression_steps(noisy) < noisy and config.coarse_adjoint:
+            for sampler in (self.environment.sampler, self.coarse.sampler):
+                fewer = config.regression_steps(len(sampler.noisy_steps)) < len(sampler.noisy_steps)
+                if fewer and config.coarse_adjoint:
                     _ = sampler.held_weights  # raises here, not at the first update, where the scheduler does not say them
         self.log_partition = log_partition
         self.save_images = save_images

@@ -31,9 +31,8 @@ import torch
 from baselines import cfg_finetune
 from baselines.base import Base, Labelled, encode, open_base
 from digits_runs import Labels, cached_classifier, config_of, make_trainer, open_pipe, train, unseen_figures
-from exact_reference import EXACT_DRAWS, Reference, distances, make_reference, mmd2, of_each, small, total_variation
+from exact_reference import EXACT_DRAWS, Reference, distances, make_reference, mmd2, small, total_variation
 from experiment import arguments, clock, run_all
-from tqdm.auto import tqdm
 
 from diffusers_ctrl import Classifier
 from diffusers_ctrl.accuracy import agreement
@@ -78,8 +77,13 @@ def truth(base: str, steps: int, attribute: str, count: int, pool: Path) -> Refe
     return make_reference(opened(base, steps), true_likelihood(attribute), rows, 1.0, [attribute], count, pool)
 
 
-def fit_ctrl(spec: dict[str, Any], labels: Labels, classifier: Classifier, folder: Path, _: Path) -> Fitted:
-    config = config_of(spec["train"], {}, labels.seed, folder)
+def pool_of(spec: dict[str, Any], folder: Path) -> Path:
+    """Where the base samples are that make the truth."""
+    return folder / f"base-samples-{spec['base_samples']}.pt"
+
+
+def fit_ctrl(spec: dict[str, Any], labels: Labels, classifier: Classifier, folder: Path) -> Fitted:
+    config = config_of(spec["train"], {}, labels.seed, folder / "run")
     trainer = make_trainer(spec["base"], classifier, config)
     seconds = train(trainer)
 
@@ -94,14 +98,12 @@ def fit_ctrl(spec: dict[str, Any], labels: Labels, classifier: Classifier, folde
     return Fitted(draw, spec["gammas"], {"seconds_training": seconds, "updates": trainer.update})
 
 
-def fit_exact(spec: dict[str, Any], labels: Labels, classifier: Classifier, _: Path, pool: Path) -> Fitted:
+def fit_exact(spec: dict[str, Any], labels: Labels, classifier: Classifier, folder: Path) -> Fitted:
     """Nothing is trained. Images of the pool, drawn for each label and prompt by p̂(y | x)^gamma."""
+    base, pool = opened(spec["base"], spec["train"]["num_inference_steps"]), pool_of(spec, folder)
+    rows = label_grid(labels.space).labels
+    log_weights = make_reference(base, classifier, rows, 1.0, [labels.attribute], spec["base_samples"], pool).log_weights
     pictures = torch.load(pool, weights_only=True)
-    with torch.no_grad():
-        rows = label_grid(labels.space).labels
-        scores = torch.cat(
-            [of_each(part.float(), rows, classifier) for part in tqdm(pictures.split(500), "p̂ of the pool")]
-        ).double()
     prompts = torch.arange(len(pictures)) % len(PROMPTS)
 
     def draw(gamma: float, per_label: int, seed: int) -> Images:
@@ -110,7 +112,7 @@ def fit_exact(spec: dict[str, Any], labels: Labels, classifier: Classifier, _: P
             chosen = torch.empty(per_label, dtype=torch.long)
             for prompt in range(len(PROMPTS)):
                 own, places = (prompts == prompt).nonzero().flatten(), torch.arange(prompt, per_label, len(PROMPTS))
-                weights = (gamma * scores[own, label]).softmax(dim=0)
+                weights = (gamma * log_weights[own, label]).softmax(dim=0)
                 chosen[places] = own[weights.multinomial(len(places), replacement=True, generator=generator)]
             out.append(pictures[chosen].float())
         return out
@@ -118,7 +120,7 @@ def fit_exact(spec: dict[str, Any], labels: Labels, classifier: Classifier, _: P
     return Fitted(draw, spec["gammas"], {"seconds_training": 0.0})
 
 
-def fit_cfg(spec: dict[str, Any], labels: Labels, _: Classifier, __: Path, ___: Path) -> Fitted:
+def fit_cfg(spec: dict[str, Any], labels: Labels, _: Classifier, __: Path) -> Fitted:
     base, (images, digits) = opened(spec["base"], spec["train"]["num_inference_steps"]), drawn_digits()
     data = Labelled(encode(base, images[labels.rows]), labels.given().float().unsqueeze(1), torch.as_tensor(digits)[labels.rows])
     policies, seconds = {}, {}
@@ -207,13 +209,14 @@ def chosen(
     return {value: [aim for aim, of in best.items() if of == value] for value in dict.fromkeys(best.values())}, tried
 
 
-def run(spec: dict[str, Any], name: str, seed: int, folder: Path, pool: Path) -> dict[str, Any]:
+def run(spec: dict[str, Any], name: str, seed: int, folder: Path) -> dict[str, Any]:
     method, count = name.split("-n")
     labels = Labels(spec["attribute"], int(count), seed)
     classifier, seconds = cached_classifier(spec["base"], labels, folder, spec["epochs"])
     about = {"seconds_classifier": seconds, "classifier": unseen_figures(spec["base"], labels, classifier)}
+    fitted = METHODS[method](spec, labels, classifier, folder)
+    pool = pool_of(spec, folder)
     reference = truth(spec["base"], spec["train"]["num_inference_steps"], spec["attribute"], spec["base_samples"], pool)
-    fitted = METHODS[method](spec, labels, classifier, folder / "run", pool)
     best, tried = chosen(fitted, reference, classifier, spec["validation"])
     rows = [
         {"value": value, "tuned_for": aims, **judged(reference, labels, fitted.draw(value, spec["outputs"], 2), 3)}
@@ -234,9 +237,8 @@ def line(record: dict[str, Any]) -> str:
 
 def main(given: list[str] | None = None) -> None:
     args = arguments("sample_efficiency", __doc__, given)
-    pool = args.cache / f"base-samples-{args.spec['base_samples']}.pt"
     variants = {f"{method}-n{n}": None for n in args.spec["num_labels"] for method in METHODS}
-    run_all(args, variants, lambda name, seed: run(args.spec, name, seed, args.cache, pool), line)
+    run_all(args, variants, lambda name, seed: run(args.spec, name, seed, args.cache), line)
 
 
 if __name__ == "__main__":

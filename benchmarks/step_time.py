@@ -49,8 +49,7 @@ from records import RESULTS, provenance, resident_mib, write_json  # noqa: E402
 
 GUIDANCE = 7.5
 SPACE = LabelSpace(size=Categorical(("largest", "large", "small", "smallest")))
-# settings of CTRLConfig by row; a float is a share of the steps, ALL those with noise: DDIM's last has none
-ALL = "all"
+# settings of CTRLConfig by row; a float is a share of the steps
 DEFAULT = {"objective": "adjoint_matching"}
 ROWS: dict[str, dict[str, Any]] = {
     "official": {},
@@ -58,7 +57,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "adjoint_matching (default), 2 trajectories at a time": {**DEFAULT, "batch_size": 2, "gradient_accumulation_steps": 2},
     "adjoint_matching, a fifth of the steps, 4 times": {**DEFAULT, "num_regression_steps": 0.2, "adjoint_passes": 4},
     "adjoint_matching, a fifth of the steps, adjoint at all": {**DEFAULT, "num_regression_steps": 0.2, "coarse_adjoint": False},
-    "adjoint_matching, all steps": {**DEFAULT, "num_regression_steps": ALL},
+    "adjoint_matching, all steps": {**DEFAULT, "num_regression_steps": 1.0},
     "direct_backprop, all steps, tape": {"objective": "direct_backprop", "checkpointing": False},
     "direct_backprop, all steps, tape, KL at a fifth": {
         "objective": "direct_backprop",
@@ -83,7 +82,6 @@ def update_of(row: str, size_name: str, steps: int, folder: str) -> tuple[Callab
     prompts, null = random_embeds(size, 8)
     settings = {"checkpointing": row != "official", "merge_lora": True}
     settings |= {k: max(1, round(steps * v)) if isinstance(v, float) else v for k, v in ROWS[row].items()}
-    settings |= {k: steps - 1 for k, v in ROWS[row].items() if v == ALL}
     settings = {"batch_size": 4, **settings}
     config = CTRLConfig(output_dir=folder, num_inference_steps=steps, guidance_scale=GUIDANCE, report_to="none", **settings)
     policy = Policy(

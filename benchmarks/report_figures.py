@@ -12,7 +12,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 from records import save_figure  # noqa: E402
-from report_tables import LEARNERS, aim_row, read  # noqa: E402
+from report_format import read  # noqa: E402
+from report_tables import LEARNERS, aim_row  # noqa: E402
 
 
 def plot_sample_efficiency(path: Path) -> None:

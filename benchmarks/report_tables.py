@@ -4,151 +4,18 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from records import RESULTS
+from report_format import read, spread, table
+from report_peers import peers_short, peers_table
 
 
 EXPERIMENTS = Path(__file__).resolve().parent / "experiments"
-
-
-def read(folder: str) -> list[dict[str, Any]]:
-    """The results of results/FOLDER/, in order of name."""
-    return [json.loads(path.read_text()) for path in sorted((RESULTS / folder).rglob("*.json"))]
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def spread(values: Sequence[float], digits: int = 3, own: float | None = None) -> str:
-    """Mean ± standard error: over seeds where there are several, the one's own else."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else own
-    return f"{statistics.mean(values):.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
-
-
-def span(values: Iterable[float]) -> str:
-    low, high = min(values := list(values)), max(values)
-    return f"{low:g}" if low == high else f"{low:g}–{high:g}"
-
-
-# -- peers: tables 1 and 2 --
-
-
-def method_rows(found: list[dict[str, Any]], method: str) -> list[tuple[str, list[dict[str, Any]]]]:
-    """(what it is tuned for, its rows over seeds): one for both aims where all seeds agree."""
-    own = [one for one in found if one["method"] == method]
-    aims = {
-        aim: [next(row for row in one["rows"] if row["tuned_for"] in (aim, "both")) for one in own]
-        for aim in ("distance", "accuracy")
-    }
-    if aims["distance"] == aims["accuracy"]:
-        return [("", aims["distance"])]
-    return list(aims.items())
-
-
-def peers_table(setting: str) -> str:
-    found = [one for one in read("peers") if one["setting"] == setting]
-    if not found:
-        return "Not run yet."
-    order = list(
-        dict.fromkeys(one["method"] for one in sorted(found, key=lambda one: best_accuracy(found, one["method"]), reverse=True))
-    )
-    lines = []
-    for method in order:
-        for aim, rows in method_rows(found, method):
-
-            def column(key: str, digits: int, rows: list[dict[str, Any]] = rows, scale: float = 1.0) -> str:
-                values = [scale * row[key] for row in rows if key in row]
-                return spread(values, digits, rows[0].get(f"{key}_se")) if len(values) == len(rows) else "–"
-
-            calls = f"{rows[0]['forward_calls']:.0f}" + (f" + {rows[0]['backward_calls']:.0f}" if rows[0]["backward_calls"] else "")
-            lines.append(
-                [
-                    f"**{method}**" if method.startswith("CTRL") else method,
-                    f"{span(row['weight'] for row in rows)}{EDGE if any(map(at_the_edge, rows)) else ''}"
-                    + (f" ({aim})" if aim else ""),
-                    column("accuracy", 3),
-                    column("macro_f1", 3),
-                    column("worst_label", 2),
-                    column("prompt_accuracy", 3),
-                    column("tv", 3),
-                    column("mmd2", 2, scale=1000),
-                    column("gap", 2),
-                    column("diversity", 2),
-                    calls,
-                    column("times_base", 1),
-                    f"{statistics.mean(row['seconds_training'] for row in rows):.0f}",
-                ]
-            )
-    floors = [row for one in found for row in one["rows"]]
-    seeds = {method: sorted({one["seed"] for one in found if one["method"] == method}) for method in order}
-    about = [
-        f"Seeds {', '.join(map(str, seeds[order[0]]))}"
-        + "".join(f"; {method}: {', '.join(map(str, own))}" for method, own in seeds.items() if own != seeds[order[0]])
-        + f". {EDGE}: the largest value tried. Seconds of training: CTRL's with its classifier, which the others are given."
-        + f" {found[0]['outputs']} images a label ({found[0]['labels']} labels), {found[0]['validation']} for each weight tried.",
-        f"Exact draws would show TV {statistics.mean(row['tv_floor'] for row in floors):.3f} and MMD² "
-        f"{1000 * statistics.mean(row['mmd2_floor'] for row in floors):.2f}e-3 (its mean size; its mean is 0).",
-    ]
-    header = [
-        "method",
-        "weight (tuned for)",
-        "accuracy",
-        "macro-F1",
-        "worst label",
-        "digit",
-        "TV",
-        "MMD², 1e-3",
-        "gap, nats",
-        "diversity",
-    ]
-    header += ["calls a sample", "× base's time", "training, s"]
-    return "\n".join([table(header, lines), "", *about])
-
-
-BACKWARD = ("MPGD",)  # through the classifier and the decoder, though not through the denoiser, which is what `calls` counts
-
-
-def peers_short(setting: str = "stroke") -> str:
-    """For the README: each method's accuracy where it is tuned for that, its distance where it is tuned for that, and what they cost."""
-    found = [one for one in read("peers") if one["setting"] == setting]
-    lines = []
-    for method in sorted({one["method"] for one in found}, key=lambda name: (-best_accuracy(found, name), name)):
-        rows = dict(method_rows(found, method))
-        near, sharp = rows.get("distance", rows.get("")), rows.get("accuracy", rows.get(""))
-        gradients = any(row["backward_calls"] for row in near) or method in (*BACKWARD, "classifier guidance")
-        cost = f"{span(round(row['times_base'], 1) for row in [*near, *sharp])}"
-        name = f"**{method}**" if method.startswith("CTRL") else method
-        cells = [spread([row[key] for row in own], 3, own[0].get(f"{key}_se")) for key, own in (("accuracy", sharp), ("tv", near))]
-        lines.append([name, *cells, "yes" if gradients else "no", cost])
-    floor = statistics.mean(row["tv_floor"] for one in found for row in one["rows"])
-    header = [
-        "",
-        "accuracy, tuned for it",
-        f"TV to the exact law, tuned for it (exact draws: {floor:.3f})",
-        "gradients at inference",
-        "× base's time",
-    ]
-    return table(header, lines)
-
-
-EDGE = "†"
-
-
-def at_the_edge(row: dict[str, Any]) -> bool:
-    """Whether the best of several values tried is the largest: a larger one might be better still."""
-    tried = [one["weight"] for one in row["tried"]]
-    return len(tried) > 1 and row["weight"] == max(tried)
-
-
-def best_accuracy(found: list[dict[str, Any]], method: str) -> float:
-    return statistics.mean(max(row["accuracy"] for row in one["rows"]) for one in found if one["method"] == method)
 
 
 # -- labels, ablations, time --

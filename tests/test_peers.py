@@ -18,7 +18,8 @@ from baselines.base import open_base
 from exact_reference import distance, histogram, to_cells
 
 import peers
-import report_tables
+import report_format
+import report_peers
 from diffusers_ctrl.adapters import load_adapter, resolve_folder
 from digits_data import PROMPTS
 
@@ -132,10 +133,10 @@ def test_seeds_are_put_together():
 
     near, sharp = {"tuned_for": "distance", "weight": 1}, {"tuned_for": "accuracy", "weight": 4}
     both = {"tuned_for": "both", "weight": 2}
-    assert report_tables.method_rows([one(0, [near, sharp]), one(1, [both])], "m") == [
+    assert report_peers.method_rows([one(0, [near, sharp]), one(1, [both])], "m") == [
         ("distance", [near, both]),
         ("accuracy", [sharp, both]),
     ]
-    assert report_tables.method_rows([one(0, [both])], "m") == [("", [both])]
-    assert report_tables.spread([1.0, 3.0], 1) == "2.0 ± 1.0" and report_tables.spread([1.0], 1, 0.25) == "1.0 ± 0.2"
-    assert report_tables.span([1, 2.5]) == "1–2.5" and report_tables.span([2]) == "2"
+    assert report_peers.method_rows([one(0, [both])], "m") == [("", [both])]
+    assert report_format.spread([1.0, 3.0], 1) == "2.0 ± 1.0" and report_format.spread([1.0], 1, 0.25) == "1.0 ± 0.2"
+    assert report_format.span([1, 2.5]) == "1–2.5" and report_format.span([2]) == "2"

@@ -1,0 +1,31 @@
+"""What the tables of report.py are made of: results, numbers with their errors, Markdown."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from records import RESULTS
+
+
+def read(folder: str) -> list[dict[str, Any]]:
+    """The results of results/FOLDER/, in order of name."""
+    return [json.loads(path.read_text()) for path in sorted((RESULTS / folder).rglob("*.json"))]
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def spread(values: Sequence[float], digits: int = 3, own: float | None = None) -> str:
+    """Mean ± standard error: over seeds where there are several, the one's own else."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else own
+    return f"{statistics.mean(values):.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+
+
+def span(values: Iterable[float]) -> str:
+    low, high = min(values := list(values)), max(values)
+    return f"{low:g}" if low == high else f"{low:g}–{high:g}"

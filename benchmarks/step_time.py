@@ -9,7 +9,8 @@ a slow minute of the machine meets all of them. Medians over rounds of the media
 - seconds: of one update, that is of one batch of trajectories. CPU s: what its process computed meanwhile, on all its threads: other people's
   jobs disturb it less.
 - steps/update: how many optimizer steps an update takes; a step: seconds divided by them. One, but where trajectories are reused.
-- 2 trajectories at a time: the same update in two micro-batches, whose calls have 4 rows as the official algorithm's have.
+- 2 trajectories at a time: the same update in two micro-batches, whose calls have 4 rows as the official algorithm's have. Differentiated 2 at a
+  time: only the calls with a gradient have 4 rows (`gradient_batch_size`), the trajectories are drawn 4 at once.
 - MiB: the process's peak above what it had before its first update. rows: samples that the U-Nets were called with, recomputation included.
 
 `official` is the algorithm of official.py. `sampling` is one batch of trajectories of the tuned model, without gradient: the floor of any method that
@@ -55,6 +56,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "official": {},
     "adjoint_matching (default)": DEFAULT,
     "adjoint_matching (default), 2 trajectories at a time": {**DEFAULT, "batch_size": 2, "gradient_accumulation_steps": 2},
+    "adjoint_matching (default), differentiated 2 at a time": {**DEFAULT, "gradient_batch_size": 2},
     "adjoint_matching, a fifth of the steps, 4 times": {**DEFAULT, "num_regression_steps": 0.2, "adjoint_passes": 4},
     "adjoint_matching, a fifth of the steps, adjoint at all": {**DEFAULT, "num_regression_steps": 0.2, "coarse_adjoint": False},
     "adjoint_matching, all steps": {**DEFAULT, "num_regression_steps": 1.0},

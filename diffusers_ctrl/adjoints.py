@@ -16,21 +16,22 @@ from dataclasses import dataclass
 import torch
 
 from .experience import LogLikelihood, checked
-from .paths import Path, gradients, states_at, walk
+from .paths import Path, gradients, parts, states_at, walk
 from .policy import Policy
 from .randomness import RandomSource
 from .rollouts import Batch, Sampler, base_transition
 from .transitions import Transition
 
 
-Target = tuple[int, torch.Tensor, Transition, torch.Tensor]  # k, x_k, the base's transition at x_k, adjoint_{k+1}
+# k, which rows of the batch, their x_k, the base's transition there, their adjoint_{k+1}
+Target = tuple[int, slice, torch.Tensor, Transition, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Targets:
     """What the controls of some steps are to be regressed on. Nothing in it has a graph.
 
-    steps: from the last to the first, each (k, x_k (B, C, *), the base's transition at x_k, adjoint_{k+1} (B, C, *)).
+    steps: from the last to the first, each (k, rows of the batch, x_k (n, C, *), the base's transition at x_k, adjoint_{k+1} (n, C, *)).
     reward: log p̂(y | x_K), (B,) nats.
     """
 
@@ -64,30 +65,33 @@ def lean_adjoint(
     adjoint: torch.Tensor,
     chosen: Collection[int],
     solved_at: Collection[int],
+    at_a_time: int | None = None,
 ) -> Iterator[Target]:
     """Solves the lean adjoint backwards along a trajectory, from adjoint = ∂(−gamma log p̂)/∂x_K, for the steps k of `chosen`.
 
     adjoint_k = ∂(−gamma log p̂)/∂x_k through the base. It is solved at the states x_k, k of `solved_at`, which has k + 1 for every chosen
     k + 1 < K. From one of these to the next the clean sample that the base sees at the first is held (`Sampler.held`): on a memoryless
-    scheduler, the step of a sampler that has no states in between.
+    scheduler, the step of a sampler that has no states in between. The base is called with `at_a_time` rows, all by default.
 
     Yields:
-        (k, x_k, the base's transition at x_k, adjoint_{k+1}), from the last chosen step to the first.
+        (k, rows, x_k, the base's transition at x_k, adjoint_{k+1}), from the last chosen step to the first.
     """
     known = len(sampler.timesteps)  # the adjoint is known of x_known
-    for k, x in states_at(policy, sampler, batch, path, {*chosen, *solved_at}):
-        following = adjoint
+    for k, states in states_at(policy, sampler, batch, path, {*chosen, *solved_at}):
+        solved_rows = []
+        for rows in parts(len(batch), at_a_time):
+            x, following = states[rows].detach(), adjoint[rows]
+            if k in solved_at:
+                with policy.uncheckpointed(), torch.enable_grad():
+                    base = base_transition(policy, sampler, batch[rows], k, x.requires_grad_())
+                    solved_rows += gradients([sampler.held(base, k, known)], [x], [following])
+            else:
+                with torch.no_grad():
+                    base = base_transition(policy, sampler, batch[rows], k, x)
+            if k in chosen:
+                yield k, rows, x.detach(), Transition(base.mean.detach(), base.std.detach()), following
         if k in solved_at:
-            x = x.detach().requires_grad_()
-            with policy.uncheckpointed(), torch.enable_grad():
-                base = base_transition(policy, sampler, batch, k, x)
-                (adjoint,) = gradients([sampler.held(base, k, known)], [x], [following])
-            known = k
-        else:
-            with torch.no_grad():
-                base = base_transition(policy, sampler, batch, k, x)
-        if k in chosen:
-            yield k, x.detach(), Transition(base.mean.detach(), base.std.detach()), following
+            adjoint, known = torch.cat(solved_rows), k
 
 
 def solved(
@@ -98,16 +102,18 @@ def solved(
     generator: RandomSource,
     chosen: Sequence[int],
     coarse: bool = False,
+    at_a_time: int | None = None,
 ) -> tuple[Iterator[Target], torch.Tensor]:
     """The targets of the `chosen` steps k on fresh trajectories, from the last to the first as they are asked for; and log p̂, (B,) nats.
 
     The adjoint is solved at every state down to the earliest that a chosen step asks for; with `coarse` only at those that one asks for.
+    at_a_time: how many rows the base is differentiated for at a time, all by default; each part is a target of its own.
     """
     steps = len(sampler.timesteps)
     solved_at = {k + 1 for k in chosen if k + 1 < steps} if coarse else set(range(min(chosen) + 1, steps))
     path = walk(policy, sampler, batch, generator, needed={*chosen, *solved_at})
     adjoint, reward = final_adjoint(path.sample, batch, log_likelihood, "adjoint_matching")
-    return lean_adjoint(policy, sampler, batch, path, adjoint, chosen, solved_at), reward
+    return lean_adjoint(policy, sampler, batch, path, adjoint, chosen, solved_at, at_a_time), reward
 
 
 def collect_targets(
@@ -119,8 +125,9 @@ def collect_targets(
     *,
     steps: Sequence[int],
     coarse: bool = False,
+    at_a_time: int | None = None,
 ) -> Targets:
-    """The targets of these noisy steps (0 … N−1) on fresh trajectories, to learn from several times. coarse: see `solved`."""
+    """The targets of these noisy steps (0 … N−1) on fresh trajectories, to learn from several times. coarse, at_a_time: see `solved`."""
     chosen = [sampler.noisy_steps[i] for i in steps]
-    targets, reward = solved(policy, sampler, batch, log_likelihood, generator, chosen, coarse)
+    targets, reward = solved(policy, sampler, batch, log_likelihood, generator, chosen, coarse, at_a_time)
     return Targets(tuple(targets), reward)

@@ -70,6 +70,11 @@ class CTRLConfig:
     checkpointing: bool = option(
         False, "direct_backprop: compute each step again on the way back, in memory that does not grow with K; a quarter more time."
     )
+    gradient_batch_size: int | None = option(
+        None,
+        "adjoint_matching, and direct_backprop with checkpointing: trajectories that are differentiated at a time; all by default. Same gradient, "
+        "less memory, and they are still drawn all at once.",
+    )
     reward_batch_size: int | None = option(
         None, "Samples decoded and scored at a time; all by default. Same gradient, less memory."
     )
@@ -146,6 +151,7 @@ class CTRLConfig:
             "num_kl_steps",
             "ppo_epochs",
             "ppo_minibatches",
+            "gradient_batch_size",
             "reward_batch_size",
             "checkpoints_total_limit",
             "max_bad_updates",
@@ -187,7 +193,8 @@ class CTRLConfig:
     def objective_options(self) -> dict[str, Any]:
         """The chosen objective's own options."""
         own = {
-            "direct_backprop": ("truncation",),
+            "direct_backprop": ("truncation", "gradient_batch_size"),
+            "adjoint_matching": ("gradient_batch_size",),
             "policy_gradient": ("clip_range",),
         }
         return {name: getattr(self, name) for name in own.get(self.objective, ())}
@@ -208,6 +215,7 @@ FREE = (
     "merge_lora",
     "shard_base",
     "checkpointing",
+    "gradient_batch_size",
     "reward_batch_size",
     "checkpoint_every",
     "checkpoints_total_limit",

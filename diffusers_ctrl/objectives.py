@@ -35,7 +35,7 @@ import torch
 
 from .adjoints import Targets, differentiable, final_adjoint, solved
 from .experience import Experience, LogLikelihood, checked, collect
-from .paths import StepLosses, backwards, gradients, scales_losses, walk
+from .paths import StepLosses, backwards, gradients, parts, scales_losses, walk
 from .policy import Policy
 from .randomness import RandomSource
 from .rollouts import Batch, Sampler, base_transition, rollout, tuned_transition
@@ -53,6 +53,11 @@ def _metrics(reward: torch.Tensor, kl: torch.Tensor, batch: Batch) -> Metrics:
     }
 
 
+def _nats(batch: Batch) -> torch.Tensor:
+    """A zero for each row, of single precision at least."""
+    return torch.zeros(len(batch), dtype=torch.promote_types(batch.noise.dtype, torch.float32), device=batch.noise.device)
+
+
 def direct_backprop(
     policy: Policy,
     sampler: Sampler,
@@ -62,6 +67,7 @@ def direct_backprop(
     *,
     truncation: int | None = None,
     kl_steps: list[int] | None = None,
+    gradient_batch_size: int | None = None,
 ) -> tuple[torch.Tensor, Metrics]:
     """−J by the path-wise gradient, through all steps or through the last `truncation` steps only (drawn once a batch: the same
     steps for reward and KL). Truncation is biased: it cannot see what early steps do to the KL of later ones.
@@ -73,6 +79,7 @@ def direct_backprop(
         truncation: how many of the last steps have a graph; all by default.
         kl_steps: the noisy steps (0 … N−1) whose KL is counted, all by default, scaled to stand for all. With `random_steps` loss and
             gradient are unbiased, the reward's path is whole, and the base is called at these steps only. Not with `truncation`.
+        gradient_batch_size: with `checkpointing`, how many trajectories a call that is differentiated has, all by default.
     """
     if truncation is not None and kl_steps is not None:
         raise ValueError(
@@ -84,7 +91,9 @@ def direct_backprop(
     if truncation is not None and not least <= truncation <= steps:
         raise ValueError(f"truncation must be between {least} and the number of steps, {steps}; got {truncation}.")
     if policy.checkpointing and not scales_losses(batch.noise):
-        return _recomputed_backprop(policy, sampler, batch, log_likelihood, generator, truncation or steps, priced)
+        return _recomputed_backprop(
+            policy, sampler, batch, log_likelihood, generator, truncation or steps, priced, gradient_batch_size
+        )
     trajectory = rollout(policy, sampler, batch, generator, grad_steps=truncation or steps, priced=priced)
     kl = trajectory.kl * (len(sampler.noisy_steps) / len(priced))
     reward = differentiable(checked(log_likelihood(trajectory.sample, batch.labels)), "direct_backprop")
@@ -100,40 +109,45 @@ def _recomputed_backprop(
     generator: RandomSource,
     grad_steps: int,
     priced: Sequence[int],
+    at_a_time: int | None,
 ) -> tuple[torch.Tensor, Metrics]:
     """The same loss and gradient, a_k = ∂(−J)/∂x_k carried backwards: a_k = (∂x_{k+1}/∂x_k)ᵀ a_{k+1} + ∂KL_k/∂x_k, on fixed noise.
 
-    priced: the steps k whose KL is counted, scaled to stand for all.
+    priced: the steps k whose KL is counted, scaled to stand for all. at_a_time: rows of a call that is differentiated.
     """
     path = walk(policy, sampler, batch, generator)
     adjoint, reward = final_adjoint(path.sample, batch, log_likelihood, "direct_backprop")
-    kl = torch.zeros(len(batch), dtype=torch.promote_types(path.sample.dtype, torch.float32), device=path.sample.device)
-    losses = StepLosses(policy, path.sample)
+    losses, kl = StepLosses(policy, path.sample), _nats(batch)
     first, scale = len(sampler.timesteps) - grad_steps, len(sampler.noisy_steps) / len(priced)
+
+    def back(k: int, rows: slice, x: torch.Tensor, following: torch.Tensor, adjoint: torch.Tensor) -> list[torch.Tensor]:
+        """Takes these rows' gradients at step k; [adjoint_k], or nothing at the first step."""
+        own, x = batch[rows], x.detach().requires_grad_(k > first)  # before the first of them nothing is differentiated
+        with torch.enable_grad():
+            if k not in sampler.noisy_steps:
+                return gradients([base_transition(policy, sampler, own, k, x).mean], [x], [adjoint]) if k > first else []
+            taken = tuned_transition(policy, sampler, own, k, x)
+            noise = ((following - taken.mean) / taken.std).detach()
+            outputs, weights = [taken.sample(noise=noise)], [adjoint]
+            if k in priced:
+                step_kl = scale * taken.kl(base_transition(policy, sampler, own, k, x))
+                outputs, weights = [step_kl, *outputs], [torch.ones_like(step_kl), *weights]
+                kl[rows] += step_kl.detach()
+        inputs = [*losses.roots, x] if k > first else losses.roots
+        found = gradients(outputs, inputs, weights)
+        adjoints = [found.pop()] if k > first else []
+        losses.take(kl.new_zeros(()), found)
+        return adjoints
+
     with policy.uncheckpointed():
         for k, x, following in backwards(policy, sampler, batch, path):
             if k < first:
                 break
-            x = x.detach().requires_grad_(k > first)  # before the first of them nothing is differentiated
-            with torch.enable_grad():
-                if k not in sampler.noisy_steps:
-                    if k > first:
-                        base = base_transition(policy, sampler, batch, k, x)
-                        (adjoint,) = gradients([base.mean], [x], [adjoint])
-                    continue
-                taken = tuned_transition(policy, sampler, batch, k, x)
-                noise = ((following - taken.mean) / taken.std).detach()
-                step_kl = taken.kl(base_transition(policy, sampler, batch, k, x)) if k in priced else torch.zeros_like(kl)
-                outputs, weights = [taken.sample(noise=noise)], [adjoint]
-                if k in priced:
-                    outputs, weights = [step_kl, *outputs], [torch.full_like(step_kl, scale), *weights]
-            inputs = [*losses.roots, x] if k > first else losses.roots
-            found = gradients(outputs, inputs, weights)
-            if k > first:
-                adjoint = found.pop()
-            step_kl = scale * step_kl.detach()
-            losses.take(step_kl.sum(), found)
-            kl = kl + step_kl
+            solved_rows = []
+            for rows in parts(len(batch), at_a_time):
+                solved_rows += back(k, rows, x[rows], following[rows], adjoint[rows])
+            adjoint = torch.cat(solved_rows) if solved_rows else adjoint
+    losses.take(kl.sum(), [])
     ends = (batch.gamma.to(reward) * reward).sum()
     losses.take(-ends, [])
     return losses.total() / len(batch), _metrics(reward, kl, batch)
@@ -166,6 +180,7 @@ def adjoint_matching(
     targets: Targets | None = None,
     steps: list[int] | None = None,
     coarse: bool = False,
+    gradient_batch_size: int | None = None,
 ) -> tuple[torch.Tensor, Metrics]:
     """Regression of the control on −sigma_k · adjoint[k+1]; memory does not grow with the number of steps regressed on.
 
@@ -178,22 +193,24 @@ def adjoint_matching(
             without `coarse`, it is an unbiased estimate of Σ_k ½‖u_k + sigma_k adjoint_{k+1}‖², averaged over the batch. Targets must have them.
         coarse: solve the adjoint of fresh trajectories at the x_{k+1} of these steps only (adjoints.py): biased, benchmarks/one_gradient.py
             says how much. With all steps it is the same.
+        gradient_batch_size: how many trajectories a call that is differentiated has, all by default. Same gradient, less memory: the
+            trajectories are still drawn all at once.
     """
     noisy = sampler.noisy_steps
     chosen = noisy if steps is None else [noisy[i] for i in steps]
     if targets is None:
-        found, reward = solved(policy, sampler, batch, log_likelihood, generator, chosen, coarse)
+        found, reward = solved(policy, sampler, batch, log_likelihood, generator, chosen, coarse, gradient_batch_size)
     else:
         found, reward = [target for target in targets.steps if target[0] in chosen], targets.reward
     scale = len(noisy) / len(chosen)
-    losses, kl = StepLosses(policy, batch.noise), batch.noise.new_zeros(len(batch))
-    for k, x, base, next_adjoint in found:
+    losses, kl = StepLosses(policy, batch.noise), _nats(batch)
+    for k, rows, x, base, next_adjoint in found:
         with losses.step():
-            taken = tuned_transition(policy, sampler, batch, k, x)
+            taken = tuned_transition(policy, sampler, batch[rows], k, x)
             control = (taken.mean - base.mean) / taken.std.detach()
             residual = control + taken.std.detach() * next_adjoint
-            losses.add(scale * residual.square().flatten(1).sum(1).mean() / 2)
-        kl = kl + scale * control.detach().square().flatten(1).sum(1) / 2
+            losses.add(scale * residual.square().flatten(1).sum(1).sum() / (2 * len(batch)))
+        kl[rows] += scale * control.detach().square().flatten(1).sum(1) / 2
     return losses.total(), _metrics(reward, kl, batch)
 
 

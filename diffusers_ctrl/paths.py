@@ -85,6 +85,12 @@ def states_at(
         yield from ((k, x) for k, x, _ in backwards(policy, sampler, batch, path) if k in wanted)
 
 
+def parts(size: int, at_a_time: int | None) -> list[slice]:
+    """The rows of a batch of `size`, at most so many at a time; all at once for None."""
+    length = size if at_a_time is None else at_a_time
+    return [slice(first, min(first + length, size)) for first in range(0, size, length)]
+
+
 def _copied(source: RandomSource) -> RandomSource:
     return source.clone_state() if isinstance(source, torch.Generator) else source.copy()
 

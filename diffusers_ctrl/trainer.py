@@ -441,6 +441,7 @@ class CTRLTrainer:
                     noise,
                     steps=steps,
                     coarse=self.config.coarse_adjoint,
+                    at_a_time=self.config.gradient_batch_size,
                 )
 
     def _baseline(self, environment: Environment) -> Baseline:

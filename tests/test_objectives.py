@@ -212,6 +212,28 @@ def test_kept_coarse_targets_are_those_of_their_own_steps():
     assert torch.equal(gradient(adjoint_matching, policy, environment, steps=[0, 3], targets=targets), fresh)
 
 
+@pytest.mark.parametrize(
+    "objective, options",
+    [
+        (adjoint_matching, {}),
+        (adjoint_matching, {"steps": [3, 1]}),
+        (adjoint_matching, {"steps": [3, 1], "coarse": True}),
+        (direct_backprop, {}),
+        (direct_backprop, {"truncation": 3}),
+        (direct_backprop, {"kl_steps": [2, 0]}),
+    ],
+)
+def test_the_gradient_of_a_few_trajectories_at_a_time_is_that_of_all(objective, options, monkeypatch):
+    """Four of six, then two: the same to rounding, and no call that is differentiated has more; the trajectories are drawn at once."""
+    policy, environment = tiny_policy(guidance_scale=2.0, perturb=0.1, checkpointing=True), tiny_environment()
+    whole = gradient(objective, policy, environment, **options)
+    seen, original = {True: set(), False: set()}, policy._call
+    monkeypatch.setattr(policy, "_call", lambda f, x, *rest: (seen[torch.is_grad_enabled()].add(len(x)), original(f, x, *rest))[1])
+    parts = gradient(objective, policy, environment, gradient_batch_size=4, **options)
+    torch.testing.assert_close(parts, whole, rtol=1e-9, atol=1e-12)
+    assert seen[True] == {4, 2} and 6 in seen[False]
+
+
 def test_truncation_changes_the_gradient_and_is_checked():
     policy, environment = tiny_policy(perturb=0.1), tiny_environment()
     whole = gradient(direct_backprop, policy, environment)

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,6 +33,7 @@ from diffusers_ctrl.experience import Baseline, collect, less_baseline  # noqa: 
 from diffusers_ctrl.objectives import adjoint_matching, direct_backprop, policy_gradient, random_steps  # noqa: E402
 from diffusers_ctrl.policy import Policy  # noqa: E402
 from diffusers_ctrl.rollouts import Batch, Environment, rollout  # noqa: E402
+from jackknife import jackknife  # noqa: E402
 from problems import tiny_environment, tiny_policy  # noqa: E402
 from records import RESULTS, provenance, write_json  # noqa: E402
 
@@ -128,14 +128,6 @@ def cross_mean(products: torch.Tensor) -> torch.Tensor:
     return (products.sum() - products.diag().sum()) / (n * (n - 1))
 
 
-def jackknife(statistic: Callable[[torch.Tensor], float], count: int) -> tuple[float, float]:
-    """Value on all rows and its standard error. statistic takes the kept rows' indices."""
-    rows = torch.arange(count)
-    values = torch.tensor([statistic(rows[rows != i]) for i in range(count)], dtype=torch.float64)
-    error = math.sqrt((count - 1) / count * (values - values.mean()).square().sum().item())
-    return statistic(rows), error
-
-
 def compare(found: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
     """Of two sets of (batches, parameters) gradients: relative error and cosine of the means, with standard errors."""
     own, other, both = found @ found.T, truth @ truth.T, found @ truth.T
@@ -150,14 +142,13 @@ def compare(found: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
         return a / math.sqrt(b * c)
 
     same_noise = ((found - truth).norm(dim=1) / truth.norm(dim=1)).max().item()
-    error, error_se = jackknife(relative_error, len(found))
-    angle, angle_se = jackknife(cosine, len(found))
+    every, count = torch.arange(len(found)), len(found)
     return {
         "same_noise_relative_difference": same_noise,
-        "relative_error": error,
-        "relative_error_se": error_se,
-        "cosine": angle,
-        "cosine_se": angle_se,
+        "relative_error": relative_error(every),
+        "relative_error_se": jackknife(relative_error, count, count),
+        "cosine": cosine(every),
+        "cosine_se": jackknife(cosine, count, count),
     }
 
 

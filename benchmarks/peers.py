@@ -208,7 +208,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true", help="everything at toy size, to see that it runs")
     args = parser.parse_args(arguments)
     if args.smoke:
-        args.outputs = args.validation = 20
+        args.outputs, args.validation = 20, 10
         args.base_samples = 300
     if "TDS" in args.only and importlib.util.find_spec("azula") is None:
         print("TDS is left out: it needs azula, which benchmarks/README.md says how to install.")

@@ -18,9 +18,9 @@ from report_tables import LEARNERS, aim_row  # noqa: E402
 
 def plot_sample_efficiency(path: Path) -> None:
     found = read("sample_efficiency")
-    if len({one["num_labels"] for one in found}) < 2:
+    if min(len({one["num_labels"] for one in found if one["method"] == method}) for method in LEARNERS) < 2:
         return  # a point is no curve
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
+    figure, axes = plt.subplots(1, 2, figsize=(11.5, 3.8), layout="constrained")
     for color, (method, name) in zip(("C0", "gray", "C1"), LEARNERS.items(), strict=True):
         own = [one for one in found if one["method"] == method]
         counts = sorted({one["num_labels"] for one in own})
@@ -42,8 +42,8 @@ def plot_sample_efficiency(path: Path) -> None:
         axis.set(xlabel="labelled images", xscale="log")
         axis.set_xticks([50, 100, 200, 400, 800, 1600], ["50", "100", "200", "400", "800", "1600"], minor=False)
         axis.minorticks_off()
-        axis.legend(fontsize=8)
-    figure.tight_layout()
+    lines = dict(zip(*(axes[1].get_legend_handles_labels()[::-1]), strict=True))  # has the other's, and the floor
+    figure.legend(lines.values(), lines.keys(), loc="outside right center", fontsize=8)
     save_figure(figure, path)
 
 

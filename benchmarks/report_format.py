@@ -26,6 +26,11 @@ def spread(values: Sequence[float], digits: int = 3, own: float | None = None) -
     return f"{statistics.mean(values):.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
 
 
+def pm(metrics: dict[str, Any], key: str, digits: int = 3) -> str:
+    """One figure with its own standard error."""
+    return spread([metrics[key]], digits, metrics[f"{key}_se"])
+
+
 def span(values: Iterable[float]) -> str:
     low, high = min(values := list(values)), max(values)
     return f"{low:g}" if low == high else f"{low:g}–{high:g}"

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from records import RESULTS
-from report_format import read, spread, table
+from report_format import pm, read, spread, table
 from report_peers import peers_short, peers_table
 
 
@@ -156,10 +156,6 @@ def label_cost() -> str:
 
 
 # -- the README's own tables --
-
-
-def pm(metrics: dict[str, Any], key: str, digits: int = 3) -> str:
-    return f"{metrics[key]:.{digits}f} ± {metrics[key + '_se']:.{digits}f}"
 
 
 def digits_stroke() -> str:

@@ -39,6 +39,7 @@ from diffusers_ctrl.accuracy import agreement
 from diffusers_ctrl.labels import label_grid
 from diffusers_ctrl.rollouts import rollout
 from digits_data import PROMPTS, digit_oracle, drawn_digits, oracle
+from jackknife import jackknife
 
 
 Images = list[torch.Tensor]  # of each label
@@ -149,14 +150,6 @@ def fit_cfg(spec: dict[str, Any], labels: Labels, _: Classifier, __: Path) -> Fi
 METHODS = {"ctrl": fit_ctrl, "cfg": fit_cfg, "exact": fit_exact}
 
 
-def jackknife(statistic: Callable[[torch.Tensor], float], count: int) -> float:
-    """Standard error of a statistic of `count` rows (given as their indices), by leaving out one of ten groups of neighbours at a time."""
-    rows = torch.arange(count)
-    parts = rows.tensor_split(min(GROUPS, count))
-    values = torch.tensor([statistic(rows[~torch.isin(rows, part)]) for part in parts], dtype=torch.float64)
-    return math.sqrt((len(parts) - 1) / len(parts) * (values - values.mean()).square().sum().item())
-
-
 def distances_with_errors(reference: Reference, images: Images, seed: int) -> dict[str, float]:
     """Means over the labels of `distances`, with standard errors."""
     generator, rows = torch.Generator().manual_seed(seed), []
@@ -164,8 +157,8 @@ def distances_with_errors(reference: Reference, images: Images, seed: int) -> di
         found = distances(reference, label, own, generator)
         law, cells, pictures = reference.law(label), reference.cells_of(own), small(own)
         exact = reference.features[reference.draws(label, EXACT_DRAWS, generator)]
-        found["tv_se"] = jackknife(lambda kept, c=cells, p=law: total_variation(c[kept], p), len(own))
-        found["mmd2_se"] = jackknife(lambda kept, x=pictures, y=exact: mmd2(x[kept], y), len(own))
+        found["tv_se"] = jackknife(lambda kept, c=cells, p=law: total_variation(c[kept], p), len(own), GROUPS)
+        found["mmd2_se"] = jackknife(lambda kept, x=pictures, y=exact: mmd2(x[kept], y), len(own), GROUPS)
         rows.append(found)
     out = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0] if not name.endswith("_se")}
     return out | {name: math.sqrt(sum(row[name] ** 2 for row in rows)) / len(rows) for name in rows[0] if name.endswith("_se")}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .objectives import OBJECTIVES
@@ -16,6 +16,14 @@ def option(default: Any, help: str) -> Any:
     """A dataclass field with its help, from which HfArgumentParser makes a command-line option."""
     factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
     return field(metadata={"help": help}, **factory)
+
+
+# what only one objective reads
+OWN = {
+    "direct_backprop": ("truncation", "num_kl_steps"),
+    "adjoint_matching": ("num_regression_steps", "coarse_adjoint", "adjoint_passes"),
+    "policy_gradient": ("clip_range", "ppo_epochs", "ppo_minibatches", "lookahead_critic", "gae_lambda"),
+}
 
 
 @dataclass
@@ -138,6 +146,12 @@ class CTRLConfig:
             raise ValueError(f"gae_lambda must be from 0 to 1, got {self.gae_lambda}.")
         if self.gae_lambda < 1 and not self.lookahead_critic:
             raise ValueError(f"gae_lambda = {self.gae_lambda} needs lookahead_critic: only its baseline knows the state.")
+        defaults = {each.name: each.default for each in fields(self)}
+        for objective, names in OWN.items():
+            ignored = [name for name in names if objective != self.objective and getattr(self, name) != defaults[name]]
+            if ignored:
+                given = ", ".join(f"{name} = {getattr(self, name)}" for name in ignored)
+                warnings.warn(f"{given}: for {objective} only, and ignored by {self.objective}.", stacklevel=3)
         for name in (
             "batch_size",
             "gradient_accumulation_steps",

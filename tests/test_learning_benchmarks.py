@@ -29,6 +29,7 @@ from official import official_objective
 
 from diffusers_ctrl.objectives import OBJECTIVES
 from digits_data import digit_oracle, stroke_oracle
+from jackknife import jackknife
 
 
 SMOKE = {name: experiment.read(experiment.EXPERIMENTS / f"{name}.yaml", smoke=True) for name in ("ablations", "sample_efficiency")}
@@ -92,8 +93,10 @@ def test_the_truth_is_of_the_class_that_the_oracle_reads(folder):
 
 def test_the_jackknife_of_a_mean_is_its_standard_error():
     values = torch.randn(2000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = sample_efficiency.jackknife(lambda kept: values[kept].mean().item(), len(values))
-    assert found == pytest.approx(2000**-0.5, rel=0.6)  # ten groups: a chi distribution of nine degrees, 24 % wide
+    mean = lambda kept: values[kept].mean().item()  # noqa: E731
+    assert jackknife(mean, 2000, groups=10) == pytest.approx(2000**-0.5, rel=0.6)  # a chi distribution of nine degrees, 24 % wide
+    # one row at a time it is the textbook's, exactly
+    assert jackknife(lambda kept: mean(kept), 300, groups=300) == pytest.approx(values[:300].std().item() / 300**0.5, rel=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,17 @@ def test_passes_that_find_too_few_steps_are_an_error(tmp_path):
     assert [len(steps) for steps in passes] == [5, 4] and sorted(sum(passes, [])) == list(range(9))
 
 
+def test_an_option_that_the_objective_ignores_is_said():
+    with pytest.warns(
+        UserWarning, match="clip_range = 0.1, ppo_epochs = 3: for policy_gradient only, and ignored by direct_backprop"
+    ):
+        CTRLConfig(objective="direct_backprop", ppo_epochs=3, clip_range=0.1, num_kl_steps=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CTRLConfig(objective="policy_gradient", ppo_epochs=3, checkpointing=True)
+        CTRLConfig(coarse_adjoint=False)
+
+
 @pytest.mark.parametrize(("noisy", "asked", "expected"), [(49, None, 10), (19, None, 4), (3, None, 3), (19, 7, 7), (7, 1000, 7)])
 def test_a_fifth_of_the_steps_is_regressed_on_by_default(noisy, asked, expected):
     assert CTRLConfig(num_regression_steps=asked).regression_steps(noisy) == expected

@@ -120,10 +120,13 @@ def time_to_gap() -> str:
 
 
 def step_time() -> str:
-    path = RESULTS / "step_time_tiny.json"
-    if not path.exists():
-        return "Not run yet."
-    record, lines = json.loads(path.read_text()), []
+    """A table for each run of step_time.py that is kept: all rows, and later ones with the rows that they are compared with."""
+    paths = sorted(RESULTS.glob("step_time_tiny*.json"))
+    return "\n\n".join(_step_time(json.loads(path.read_text())) for path in paths) or "Not run yet."
+
+
+def _step_time(record: dict[str, Any]) -> str:
+    lines = []
     columns = [
         ("seconds", 2),
         ("time_over_official", 2),

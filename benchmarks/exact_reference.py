@@ -2,13 +2,15 @@
 
 Two distances. Total variation of the law of (digit, decile of the attribute), or (digit, tercile, tercile) of two attributes, all as measured
 on the pictures. Squared maximum mean discrepancy (unbiased) of the pictures at 8x8, Gaussian kernels of half, once and twice the median
-distance. Both come with their floor: what as many exact draws would score.
+distance. Both come with what as many exact draws score, their prompts in turn as the methods draw them: that is nearer than independent prompts
+would be, and takes the mean of the unbiased MMD² below zero.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from jpeg_data import jpeg_kilobytes
 
 MEASURES = {**DIGIT_MEASURES, "jpeg": jpeg_kilobytes}
 DIGITS, DECILES, TERCILES = 10, 10, 3
-FLOOR_REPEATS, EXACT_DRAWS = 20, 2000
+FLOOR_REPEATS, EXACT_DRAWS = 50, 2000
 
 
 def histogram(cells: torch.Tensor, weights: torch.Tensor, size: int = DIGITS * DECILES) -> torch.Tensor:
@@ -48,8 +50,12 @@ def small(images: torch.Tensor) -> torch.Tensor:
 class Reference:
     """The base's pool. cells: (N,) of pictures; features: (N, 64); log_weights: (N, M) normalised within each prompt.
 
-    edges: of each attribute's bins. log_partition: log E_base[p̂^gamma], mean over prompts and labels, nats.
+    images: (N, C, H, W), of half precision. num_prompts: row i of the pool is of prompt i modulo this. edges: of each attribute's bins.
+    log_partition: log E_base[p̂^gamma], mean over prompts and labels, nats.
     """
+
+    images: torch.Tensor
+    num_prompts: int
 
     cells: torch.Tensor
     features: torch.Tensor
@@ -73,9 +79,18 @@ class Reference:
         """(size,) probabilities."""
         return histogram(self.cells, self.log_weights[:, label].exp(), self.size)
 
-    def draws(self, label: int, count: int, generator: torch.Generator) -> torch.Tensor:
-        """Rows of the pool, drawn from the exact law."""
-        return torch.multinomial(self.log_weights[:, label].exp(), count, replacement=True, generator=generator)
+    def draws(self, label: int, prompts: torch.Tensor, generator: torch.Generator, gamma: float = 1.0) -> torch.Tensor:
+        """Rows of the pool, drawn from the exact law of each of `prompts` (n,). gamma: a power of the weights."""
+        out = torch.empty(len(prompts), dtype=torch.long)
+        for prompt in prompts.unique().tolist():
+            own, places = torch.arange(prompt, len(self.cells), self.num_prompts), (prompts == prompt).nonzero().flatten()
+            weights = (gamma * self.log_weights[own, label]).softmax(dim=0)
+            out[places] = own[weights.multinomial(len(places), replacement=True, generator=generator)]
+        return out
+
+    def in_turn(self, label: int, count: int, generator: torch.Generator) -> torch.Tensor:
+        """The same for prompts in turn, as every method of peers.py draws them."""
+        return self.draws(label, torch.arange(count) % self.num_prompts, generator)
 
 
 def to_cells(digits: torch.Tensor, measured: Sequence[torch.Tensor], edges: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -136,7 +151,8 @@ def make_reference(
         log_weights[own] = weighted[own].log_softmax(dim=0) - math.log(len(base.conditions))
         log_z.append(weighted[own].logsumexp(dim=0) - math.log(int(own.sum())))
     cells = to_cells(torch.cat(digits), columns, edges)
-    return Reference(cells, torch.cat(features), log_weights, edges, tuple(attributes), torch.stack(log_z).mean().item())
+    law = (log_weights, edges, tuple(attributes), torch.stack(log_z).mean().item())
+    return Reference(images, len(base.conditions), cells, torch.cat(features), *law)
 
 
 def total_variation(cells: torch.Tensor, law: torch.Tensor) -> float:
@@ -144,8 +160,8 @@ def total_variation(cells: torch.Tensor, law: torch.Tensor) -> float:
     return distance(histogram(cells, torch.ones(len(cells), dtype=torch.float64), len(law)), law)
 
 
-def mmd2(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Unbiased squared MMD of (n, d) and (m, d); the kernels' width is that of b's median distance."""
+def mmd2_to(b: torch.Tensor) -> Callable[[torch.Tensor], float]:
+    """(n, d) -> unbiased squared MMD to b (m, d), whose own part is computed once; the kernels' width is that of b's median distance."""
     width = torch.pdist(b[:500]).median()
 
     def kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -156,17 +172,34 @@ def mmd2(a: torch.Tensor, b: torch.Tensor) -> float:
         gram = kernel(x, x)
         return (gram.sum() - gram.diag().sum()) / (len(x) * (len(x) - 1))
 
-    return (within(a) + within(b) - 2 * kernel(a, b).mean()).item()
+    own = within(b)
+    return lambda a: (within(a) + own - 2 * kernel(a, b).mean()).item()
 
 
 def distances(reference: Reference, label: int, images: torch.Tensor, generator: torch.Generator) -> dict[str, float]:
-    """tv, mmd2 and their floors for `images` that were drawn for this label."""
-    law = reference.law(label)
-    exact = reference.features[reference.draws(label, EXACT_DRAWS, generator)]
-    floors = [reference.draws(label, len(images), generator) for _ in range(FLOOR_REPEATS)]
-    return {
-        "tv": total_variation(reference.cells_of(images), law),
-        "tv_floor": sum(total_variation(reference.cells[rows], law) for rows in floors) / len(floors),
-        "mmd2": mmd2(small(images), exact),
-        "mmd2_floor": sum(abs(mmd2(reference.features[rows], exact)) for rows in floors[:5]) / 5,
+    """tv and mmd2 of `images` that were drawn for this label, prompts in turn; and `of_exact_draws`, as many."""
+    to_exact = mmd2_to(reference.features[reference.in_turn(label, EXACT_DRAWS, generator)])
+    apart = {"tv": total_variation(reference.cells_of(images), reference.law(label)), "mmd2": to_exact(small(images))}
+    return apart | of_exact_draws(reference, label, len(images), to_exact, generator)
+
+
+def of_exact_draws(
+    reference: Reference, label: int, count: int, to_exact: Callable[[torch.Tensor], float], generator: torch.Generator
+) -> dict[str, float]:
+    """Means of tv and mmd2 of so many exact draws, `_floor`, and their variances, `_floor_var`."""
+    law, out = reference.law(label), {}
+    draws = [reference.in_turn(label, count, generator) for _ in range(FLOOR_REPEATS)]
+    for name, values in (
+        ("tv", [total_variation(reference.cells[rows], law) for rows in draws]),
+        ("mmd2", [to_exact(reference.features[rows]) for rows in draws]),
+    ):
+        out |= {f"{name}_floor": statistics.mean(values), f"{name}_floor_var": statistics.variance(values)}
+    return out
+
+
+def over_labels(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Means over the labels of `distances`; `tv_floor_sd` and `mmd2_floor_sd` are of such a mean."""
+    out = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0] if not name.endswith(("_var", "_se"))}
+    return out | {
+        f"{name}_floor_sd": math.sqrt(sum(row[f"{name}_floor_var"] for row in rows)) / len(rows) for name in ("tv", "mmd2")
     }

@@ -49,6 +49,10 @@ class Setting:
         """Its log p̂(y | x), (n,) nats."""
         return self.classifier.log_prob(images, labels)
 
+    def row_of(self, label: torch.Tensor) -> int:
+        """Which of the labels this one (A,) is."""
+        return int((self.labels == label).all(dim=1).nonzero()[0])
+
     def updates(self, count: int) -> int:
         return min(count, 2) if self.smoke else count
 
@@ -74,6 +78,14 @@ def with_tds(s: Setting, _: None, weight: float) -> Draw:
     from baselines import tds  # needs azula, which not everybody who runs the others has
 
     return training_free(tds)(s, None, weight)
+
+
+def exact(s: Setting, _: None, weight: float) -> Draw:
+    def draw(y: torch.Tensor, prompts: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        rows = s.reference.draws(s.row_of(y), prompts, generator, gamma=weight)
+        return s.reference.images[rows].float()
+
+    return draw
 
 
 def fit_noisy_classifier(s: Setting) -> Any:
@@ -111,9 +123,8 @@ def ours(particles: int) -> Callable[[Setting, Any, float], Draw]:
 
         @torch.no_grad()
         def draw(y: torch.Tensor, prompts: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-            row = int((s.labels == y).all(dim=1).nonzero()[0])
             every = prompts.repeat_interleave(particles)
-            batch = environment.batch(torch.full_like(every, row), every, generator)
+            batch = environment.batch(torch.full_like(every, s.row_of(y)), every, generator)
             with policy.merged():
                 found = rollout(policy, environment.sampler, batch, generator, reference=particles > 1 or s.base.kl is not None)
             if s.base.kl is not None:
@@ -133,6 +144,7 @@ def ours(particles: int) -> Callable[[Setting, Any, float], Draw]:
 
 METHODS = {
     "base": Method((0,), lambda s, _, weight: lambda y, prompts, g: s.base.draw(prompts, g), priced=True),
+    "exact draws": Method((1,), exact),
     "CTRL": Method((1, 1.6, 2.5, 4), ours(1), priced=True),
     "CTRL, 8 particles": Method((1, 2.5), ours(8)),
     "CFG fine-tuning": Method((1, 2, 3, 5), with_cfg, fit_cfg),

@@ -5,7 +5,8 @@
 A setting of experiments/peers.yaml and a seed are an adapter, which is trained first where runs/peers/SETTING-SEED does not have it: its classifier
 is everybody's p̂(y | x), its labelled images are what the trained baselines learn from. Every method's one number is tuned on `--validation` images
 a label, the same for all, twice: for the distance to the exact law (total variation), and for accuracy by the *classifier*, which is all that a
-user could do. The oracles judge only the finished table. One JSON a method in results/peers/SETTING-seedSEED/; what is there is not run again.
+user could do. The oracles judge only the finished table. One JSON a method in results/peers/SETTING-seedSEED/; what is there is not run again,
+unless peer_methods.py now has other weights for it to try. `exact draws` are base samples, resampled by p̂ as the exact law has it.
 
 Columns: accuracy, macro-F1, worst label; prompt accuracy; distances of exact_reference.py with their floors; KL of the paths to the base's and
 the gap to the exact law at gamma = 1 that it bounds, where the method's steps are Gaussian ones; diversity: mean distance of two pictures of the same
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import math
 import sys
 import time
@@ -32,7 +34,7 @@ from tqdm.auto import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "training")]
 from baselines.base import Labelled, encode, open_base  # noqa: E402
-from exact_reference import distances, make_reference, of_each, small  # noqa: E402
+from exact_reference import distances, make_reference, of_each, over_labels, small, total_variation  # noqa: E402
 
 import train_ctrl  # noqa: E402
 from diffusers_ctrl.accuracy import agreement  # noqa: E402
@@ -95,7 +97,7 @@ def diversity(s: Setting, images: list[torch.Tensor], generator: torch.Generator
     """Mean distance of two pictures of one label and digit, over the same of exact draws."""
     ratios = []
     for label, own in enumerate(images):
-        exact = s.reference.draws(label, len(own), generator)
+        exact = s.reference.in_turn(label, len(own), generator)
         parts = [(small(own), s.reference.cells_of(own)), (s.reference.features[exact], s.reference.cells[exact])]
         means = []
         for features, cells in parts:
@@ -119,8 +121,7 @@ def judge(s: Setting, images: list[torch.Tensor], seed: int) -> dict[str, Any]:
     out["worst_label"] = min(out["by_label"])
     prompts = torch.cat([torch.arange(len(own)) % len(s.base.conditions) for own in images])
     out["prompt_accuracy"] = (s.reference.digits_of(s.reference.cells_of(pictures)) == prompts).double().mean().item()
-    apart = [distances(s.reference, row, own, generator) for row, own in enumerate(images)]
-    out |= {name: sum(one[name] for one in apart) / len(apart) for name in apart[0]}
+    out |= over_labels([distances(s.reference, row, own, generator) for row, own in enumerate(images)])
     return out | {"diversity": diversity(s, images, generator)}
 
 
@@ -149,7 +150,7 @@ def tuned(s: Setting, method: Method, validation: int, bar: tqdm) -> tuple[dict[
         draw = method.draw(s, fitted, weight)
         training = fitting + time.perf_counter() - started
         images = draw_all(s, draw, validation, seed=1)
-        apart = [distances(s.reference, row, own, torch.Generator().manual_seed(0))["tv"] for row, own in enumerate(images)]
+        apart = [total_variation(s.reference.cells_of(own), s.reference.law(row)) for row, own in enumerate(images)]
         right = []
         for row, own in enumerate(images):
             with torch.no_grad():
@@ -194,6 +195,11 @@ def rows_of(s: Setting, name: str, outputs: int, validation: int, bar: tqdm) -> 
     return rows
 
 
+def has_tried(path: Path, method: str) -> bool:
+    """Whether a result is of the weights that are tried today."""
+    return [one["weight"] for one in json.loads(path.read_text())["rows"][0]["tried"]] == list(METHODS[method].weights)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     settings = list(yaml.safe_load(EXPERIMENT.read_text())["settings"])
@@ -217,7 +223,9 @@ def main(arguments: list[str] | None = None) -> None:
     for name, seed in [(name, seed) for seed in args.seeds for name in args.settings]:
         folder = args.results / f"{name}-seed{seed}"
         paths = {method: folder / f"{method.replace(',', '').replace(' ', '-')}.json" for method in args.only}
-        missing = {method: path for method, path in paths.items() if not path.exists()}
+        missing = {
+            method: path for method, path in paths.items() if not (path.exists() and (args.smoke or has_tried(path, method)))
+        }
         if not missing:
             continue
         s = open_setting(name, seed, args.runs / f"{name}-{seed}", args.base_samples, cache, args.smoke)

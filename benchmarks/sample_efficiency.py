@@ -12,7 +12,7 @@ tried. Rows of a result: `plain`, the value 1, which is what Bayes says; the bes
 the best accuracy by the classifier fitted to the same N labels, which any user could do.
 
 The truth is the same for all N and both methods: base samples whose exact class is the label, that is p(y | x) = 1 where the oracle reads y, else 0.
-Distances as in exact_reference.py, with their floors; standard errors by a jackknife over ten groups, binomial for accuracies.
+Distances as in exact_reference.py, with what exact draws show; standard errors by a jackknife over rounds of the prompts, binomial for accuracies.
 
 Writes results/sample_efficiency/VARIANT-seedN.json.
 """
@@ -31,7 +31,7 @@ import torch
 from baselines import cfg_finetune
 from baselines.base import Base, Labelled, encode, open_base
 from digits_runs import Labels, cached_classifier, config_of, make_trainer, open_pipe, train, unseen_figures
-from exact_reference import EXACT_DRAWS, Reference, distances, make_reference, mmd2, small, total_variation
+from exact_reference import EXACT_DRAWS, Reference, distances, make_reference, mmd2_to, over_labels, small, total_variation
 from experiment import arguments, clock, run_all
 
 from diffusers_ctrl import Classifier
@@ -45,7 +45,7 @@ from jackknife import jackknife
 Images = list[torch.Tensor]  # of each label
 Draw = Callable[[Any, int, int], Images]  # value that is tuned, images a label, seed -> images
 IMPOSSIBLE = -60.0  # nats of a class that the oracle does not read: a number, so that a tiny pool without a class still has a law
-GROUPS, BATCH = 10, 100
+BATCH = 100
 
 
 @dataclass(frozen=True)
@@ -103,20 +103,12 @@ def fit_exact(spec: dict[str, Any], labels: Labels, classifier: Classifier, fold
     """Nothing is trained. Images of the pool, drawn for each label and prompt by p̂(y | x)^gamma."""
     base, pool = opened(spec["base"], spec["train"]["num_inference_steps"]), pool_of(spec, folder)
     rows = label_grid(labels.space).labels
-    log_weights = make_reference(base, classifier, rows, 1.0, [labels.attribute], spec["base_samples"], pool).log_weights
-    pictures = torch.load(pool, weights_only=True)
-    prompts = torch.arange(len(pictures)) % len(PROMPTS)
+    reference = make_reference(base, classifier, rows, 1.0, [labels.attribute], spec["base_samples"], pool)
 
     def draw(gamma: float, per_label: int, seed: int) -> Images:
-        generator, out = torch.Generator().manual_seed(seed), []
-        for label in range(len(rows)):
-            chosen = torch.empty(per_label, dtype=torch.long)
-            for prompt in range(len(PROMPTS)):
-                own, places = (prompts == prompt).nonzero().flatten(), torch.arange(prompt, per_label, len(PROMPTS))
-                weights = (gamma * log_weights[own, label]).softmax(dim=0)
-                chosen[places] = own[weights.multinomial(len(places), replacement=True, generator=generator)]
-            out.append(pictures[chosen].float())
-        return out
+        generator, prompts = torch.Generator().manual_seed(seed), torch.arange(per_label) % len(PROMPTS)
+        chosen = [reference.draws(label, prompts, generator, gamma) for label in range(len(rows))]
+        return [reference.images[own].float() for own in chosen]
 
     return Fitted(draw, spec["gammas"], {"seconds_training": 0.0})
 
@@ -155,13 +147,15 @@ def distances_with_errors(reference: Reference, images: Images, seed: int) -> di
     generator, rows = torch.Generator().manual_seed(seed), []
     for label, own in enumerate(images):
         found = distances(reference, label, own, generator)
+        rounds = max(2, len(own) // reference.num_prompts)  # prompts take turns, so each group has them all
         law, cells, pictures = reference.law(label), reference.cells_of(own), small(own)
-        exact = reference.features[reference.draws(label, EXACT_DRAWS, generator)]
-        found["tv_se"] = jackknife(lambda kept, c=cells, p=law: total_variation(c[kept], p), len(own), GROUPS)
-        found["mmd2_se"] = jackknife(lambda kept, x=pictures, y=exact: mmd2(x[kept], y), len(own), GROUPS)
+        to_exact = mmd2_to(reference.features[reference.in_turn(label, EXACT_DRAWS, generator)])
+        found["tv_se"] = jackknife(lambda kept, c=cells, p=law: total_variation(c[kept], p), len(own), rounds)
+        found["mmd2_se"] = jackknife(lambda kept, x=pictures, far=to_exact: far(x[kept]), len(own), rounds)
         rows.append(found)
-    out = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0] if not name.endswith("_se")}
-    return out | {name: math.sqrt(sum(row[name] ** 2 for row in rows)) / len(rows) for name in rows[0] if name.endswith("_se")}
+    return over_labels(rows) | {
+        name: math.sqrt(sum(row[name] ** 2 for row in rows)) / len(rows) for name in rows[0] if name.endswith("_se")
+    }
 
 
 def judged(reference: Reference, labels: Labels, images: Images, seed: int) -> dict[str, Any]:
@@ -189,8 +183,8 @@ def chosen(
     """{value: what it is the best for}, and all that was tried."""
     tried = []
     for value in fitted.values:
-        images, generator = fitted.draw(value, validation, 1), torch.Generator().manual_seed(0)
-        apart = [distances(reference, row, own, generator)["tv"] for row, own in enumerate(images)]
+        images = fitted.draw(value, validation, 1)
+        apart = [total_variation(reference.cells_of(own), reference.law(row)) for row, own in enumerate(images)]
         tried.append(
             {"value": value, "tv": sum(apart) / len(apart), "classifier_accuracy": classifier_accuracy(classifier, images)}
         )

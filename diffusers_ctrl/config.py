@@ -18,11 +18,12 @@ def option(default: Any, help: str) -> Any:
     return field(metadata={"help": help}, **factory)
 
 
-# what only one objective reads
+# what only some objectives read
 OWN = {
-    "direct_backprop": ("truncation", "num_kl_steps"),
-    "adjoint_matching": ("num_regression_steps", "coarse_adjoint", "adjoint_passes"),
-    "policy_gradient": ("clip_range", "ppo_epochs", "ppo_minibatches", "lookahead_critic", "gae_lambda"),
+    ("direct_backprop",): ("truncation", "num_kl_steps"),
+    ("adjoint_matching",): ("num_regression_steps", "coarse_adjoint", "adjoint_passes"),
+    ("adjoint_matching", "direct_backprop"): ("gradient_batch_size",),
+    ("policy_gradient",): ("clip_range", "ppo_epochs", "ppo_minibatches", "lookahead_critic", "gae_lambda"),
 }
 
 
@@ -81,7 +82,7 @@ class CTRLConfig:
     gradient_batch_size: int | None = option(
         None,
         "adjoint_matching, and direct_backprop with checkpointing: trajectories that are differentiated at a time; all by default. Same gradient, "
-        "less memory, and they are still drawn all at once.",
+        "less memory, and they are still drawn all at once. Not with fp16.",
     )
     reward_batch_size: int | None = option(
         None, "Samples decoded and scored at a time; all by default. Same gradient, less memory."
@@ -147,11 +148,11 @@ class CTRLConfig:
         if self.gae_lambda < 1 and not self.lookahead_critic:
             raise ValueError(f"gae_lambda = {self.gae_lambda} needs lookahead_critic: only its baseline knows the state.")
         defaults = {each.name: each.default for each in fields(self)}
-        for objective, names in OWN.items():
-            ignored = [name for name in names if objective != self.objective and getattr(self, name) != defaults[name]]
+        for objectives, names in OWN.items():
+            ignored = [name for name in names if self.objective not in objectives and getattr(self, name) != defaults[name]]
             if ignored:
                 given = ", ".join(f"{name} = {getattr(self, name)}" for name in ignored)
-                warnings.warn(f"{given}: for {objective} only, and ignored by {self.objective}.", stacklevel=3)
+                warnings.warn(f"{given}: for {' and '.join(objectives)} only, and ignored by {self.objective}.", stacklevel=3)
         for name in (
             "batch_size",
             "gradient_accumulation_steps",
@@ -181,6 +182,14 @@ class CTRLConfig:
             raise ValueError("Give global_batch_size or gradient_accumulation_steps, not both: the one follows from the other.")
         if self.num_kl_steps is not None and self.truncation is not None:
             raise ValueError("num_kl_steps is for the whole gradient: leave it out with truncation, or the other way round.")
+        if self.gradient_batch_size is not None and self.mixed_precision == "fp16":
+            raise ValueError(
+                "gradient_batch_size cannot be had with mixed_precision fp16, which keeps all graphs until the loss is scaled."
+            )
+        if self.gradient_batch_size is not None and self.objective == "direct_backprop" and not self.checkpointing:
+            raise ValueError(
+                "gradient_batch_size with direct_backprop needs checkpointing: without it the trajectory is one graph."
+            )
         if self.shard_base and self.merge_lora:
             raise ValueError("merge_lora needs the base's weights whole: leave it out with shard_base.")
 

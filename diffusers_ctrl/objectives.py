@@ -39,6 +39,7 @@ from .paths import StepLosses, backwards, gradients, parts, scales_losses, walk
 from .policy import Policy
 from .randomness import RandomSource
 from .rollouts import Batch, Sampler, base_transition, rollout, tuned_transition
+from .transitions import sum_but_first
 
 
 Metrics = dict[str, float]
@@ -84,6 +85,10 @@ def direct_backprop(
     if truncation is not None and kl_steps is not None:
         raise ValueError(
             f"kl_steps are of the whole trajectory: leave them out with truncation = {truncation}, or the other way round."
+        )
+    if gradient_batch_size is not None and not policy.checkpointing:
+        raise ValueError(
+            f"gradient_batch_size = {gradient_batch_size} needs checkpointing: without it the whole trajectory is one graph."
         )
     steps = len(sampler.timesteps)
     priced = sampler.noisy_steps if kl_steps is None else [sampler.noisy_steps[i] for i in kl_steps]
@@ -193,8 +198,8 @@ def adjoint_matching(
             without `coarse`, it is an unbiased estimate of Σ_k ½‖u_k + sigma_k adjoint_{k+1}‖², averaged over the batch. Targets must have them.
         coarse: solve the adjoint of fresh trajectories at the x_{k+1} of these steps only (adjoints.py): biased, benchmarks/one_gradient.py
             says how much. With all steps it is the same.
-        gradient_batch_size: how many trajectories a call that is differentiated has, all by default. Same gradient, less memory: the
-            trajectories are still drawn all at once.
+        gradient_batch_size: how many trajectories a call that is differentiated has, all by default. Same gradient, less memory (but for
+            float16 autocast, where all graphs are kept): the trajectories are still drawn all at once. `targets` have their own parts.
     """
     noisy = sampler.noisy_steps
     chosen = noisy if steps is None else [noisy[i] for i in steps]
@@ -209,8 +214,8 @@ def adjoint_matching(
             taken = tuned_transition(policy, sampler, batch[rows], k, x)
             control = (taken.mean - base.mean) / taken.std.detach()
             residual = control + taken.std.detach() * next_adjoint
-            losses.add(scale * residual.square().flatten(1).sum(1).sum() / (2 * len(batch)))
-        kl[rows] += scale * control.detach().square().flatten(1).sum(1) / 2
+            losses.add(scale * sum_but_first(residual.square()).sum() / (2 * len(batch)))
+        kl[rows] += scale * sum_but_first(control.detach().square()) / 2
     return losses.total(), _metrics(reward, kl, batch)
 
 

@@ -30,7 +30,8 @@ from .randomness import RandomSource, standard_normal
 from .schedulers import MemorylessFlowMatchScheduler, check_direction, posterior_coefficients
 
 
-def _sum_but_first(value: torch.Tensor) -> torch.Tensor:
+def sum_but_first(value: torch.Tensor) -> torch.Tensor:
+    """(B, *) -> (B,), half precision summed in float32."""
     # thousands of dimensions of a nat each: half precision would round the sum to whole nats and worse
     return value.flatten(1).sum(dim=1, dtype=torch.float32 if value.dtype in (torch.float16, torch.bfloat16) else None)
 
@@ -58,25 +59,25 @@ class Transition:
         A deterministic step counts 0: the rollouts take it with the base, so that both laws share it (see rollouts.py).
         """
         if self.is_deterministic and other.is_deterministic:
-            return _sum_but_first(torch.zeros_like(self.mean))
+            return sum_but_first(torch.zeros_like(self.mean))
         if torch.equal(self.std, other.std):
-            return _sum_but_first(((self.mean - other.mean) / self.std).square()) / 2
+            return sum_but_first(((self.mean - other.mean) / self.std).square()) / 2
         ratio = (self.std / other.std).square()
         shift = ((self.mean - other.mean) / other.std).square()
-        return _sum_but_first((ratio + shift - 1 - ratio.log()).expand_as(self.mean)) / 2
+        return sum_but_first((ratio + shift - 1 - ratio.log()).expand_as(self.mean)) / 2
 
     def log_prob(self, x: torch.Tensor) -> torch.Tensor:
         """log N(x; mean, std²) in nats, summed over dimensions: (B,). Raises ValueError on a deterministic step."""
         if self.is_deterministic:
             raise ValueError("A deterministic step (std = 0) has no density, so no log-probability.")
         normal = ((x - self.mean) / self.std).square() / 2 + self.std.log() + math.log(2 * math.pi) / 2
-        return -_sum_but_first(normal.expand_as(self.mean))
+        return -sum_but_first(normal.expand_as(self.mean))
 
     def log_ratio(self, other: Transition, x: torch.Tensor) -> torch.Tensor:
         """log self(x) − log other(x) in nats, (B,) float64: summed difference by difference, which no large sums cancel out of."""
         x, mean, std, other_mean, other_std = (v.double() for v in (x, self.mean, self.std, other.mean, other.std))
         terms = (((x - other_mean) / other_std).square() - ((x - mean) / std).square()) / 2 + other_std.log() - std.log()
-        return _sum_but_first(terms.expand_as(mean))
+        return sum_but_first(terms.expand_as(mean))
 
     def sample(self, generator: RandomSource = None, noise: torch.Tensor | None = None) -> torch.Tensor:
         """mean + std · noise, (B, *); reparametrised, so gradients flow through mean and std."""

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from baselines import best_of_n, cfg_finetune, classifier_guidance, dps, mpgd, tfg
 from baselines.base import Labelled, encode, open_base
 from baselines.guided import guided
-from exact_reference import DECILES, DIGITS, distances, make_reference, mmd2
+from exact_reference import DECILES, DIGITS, distances, make_reference, mmd2_to
 
 from diffusers_ctrl.adapters import load_adapter, resolve_folder
 from digits_data import PROMPTS, digit_oracle, drawn_digits, measure_stroke, stroke_oracle
@@ -127,9 +127,13 @@ def test_distances_to_the_exact_law(base, adapter, tmp_path):
     law = reference.law(2)
     assert law.shape == (DIGITS * DECILES,) and abs(law.sum().item() - 1) < 1e-9
     pool = torch.load(tmp_path / "pool.pt", weights_only=True).float()
-    exact = distances(reference, 2, pool[reference.draws(2, 300, generator(1))], generator(2))
+    rows = reference.in_turn(2, 300, generator(1))
+    assert torch.equal(rows % 10, torch.arange(300) % 10)
+    exact = distances(reference, 2, pool[rows], generator(2))
     plain = distances(reference, 2, pool[:300], generator(2))
-    assert exact["tv"] < 1.5 * exact["tv_floor"] < plain["tv"]
+    for name in ("tv", "mmd2"):  # one set of draws is where the others are
+        assert abs(exact[name] - exact[f"{name}_floor"]) < 4 * exact[f"{name}_floor_var"] ** 0.5
+    assert 1.5 * exact["tv_floor"] < plain["tv"]
     assert exact["mmd2"] < plain["mmd2"] / 3
     with pytest.raises(SystemExit, match="holds 600 samples, not 700"):
         make_reference(*arguments[:5], 700, arguments[-1])
@@ -138,5 +142,5 @@ def test_distances_to_the_exact_law(base, adapter, tmp_path):
 def test_mmd_of_gaussians():
     """Zero in expectation for equal laws; larger the further apart they are."""
     x, y = torch.randn(400, 4, generator=generator(0)), torch.randn(400, 4, generator=generator(1))
-    assert abs(mmd2(x, y)) < 5e-3
-    assert 0.02 < mmd2(x, y + 0.5) < mmd2(x, y + 1)
+    assert abs(mmd2_to(y)(x)) < 5e-3
+    assert 0.02 < mmd2_to(y + 0.5)(x) < mmd2_to(y + 1)(x)

@@ -84,9 +84,9 @@ def test_the_truth_is_of_the_class_that_the_oracle_reads(folder):
     whole = [row for row in range(3) if all((classes[prompts == p] == row).any() for p in range(10))]
     assert whole
     for label in whole:
-        rows = reference.draws(label, 100, generator)
+        rows = reference.in_turn(label, 100, generator)
         assert (classes[rows] == label).all()
-        found = sample_efficiency.distances_with_errors(reference, [images[reference.draws(0, 100, generator)]], 0)
+        found = sample_efficiency.distances_with_errors(reference, [images[reference.in_turn(0, 100, generator)]], 0)
         assert abs(found["tv"] - found["tv_floor"]) < 0.15 and 0 < found["tv_se"] < 0.1
     assert (digits == prompts).double().mean() > 0.9
 

@@ -175,11 +175,48 @@ def test_passes_that_find_too_few_steps_are_an_error(tmp_path):
     assert [len(steps) for steps in passes] == [5, 4] and sorted(sum(passes, [])) == list(range(9))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"objective": "adjoint_matching", "num_regression_steps": 2, "adjoint_passes": 3},
+        {"objective": "adjoint_matching", "merge_lora": True},
+        {"objective": "direct_backprop", "checkpointing": True, "merge_lora": True},
+    ],
+)
+def test_a_few_trajectories_differentiated_at_a_time_train_the_same(tmp_path, settings, monkeypatch):
+    """Three of eight at a time, taken up from a run that had all at once: the weights are the same to rounding."""
+
+    def trained(folder: str, **more) -> dict[str, torch.Tensor]:
+        trainer = make_trainer(tmp_path / folder, max_updates=2, **settings, **more)
+        trainer.policy.checkpointing = trainer.config.checkpointing
+        trainer.train()
+        return weights(trainer)
+
+    whole = trained("whole", checkpoint_every=1)
+    seen, original = set(), Policy._call
+    monkeypatch.setattr(
+        Policy, "_call", lambda self, f, x, *rest: (torch.is_grad_enabled() and seen.add(len(x)), original(self, f, x, *rest))[1]
+    )
+    first = str(tmp_path / "whole" / "checkpoints" / "checkpoint-000001")
+    parts = trained("whole", resume_from=first, gradient_batch_size=3)
+    assert seen == {3, 2}
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_an_option_that_the_objective_ignores_is_said():
     with pytest.warns(
         UserWarning, match="clip_range = 0.1, ppo_epochs = 3: for policy_gradient only, and ignored by direct_backprop"
     ):
         CTRLConfig(objective="direct_backprop", ppo_epochs=3, clip_range=0.1, num_kl_steps=2)
+    with pytest.warns(
+        UserWarning, match="gradient_batch_size = 2: for adjoint_matching and direct_backprop only, and ignored by policy"
+    ):
+        CTRLConfig(objective="policy_gradient", gradient_batch_size=2)
+    with pytest.raises(ValueError, match="direct_backprop needs checkpointing"):
+        CTRLConfig(objective="direct_backprop", gradient_batch_size=2)
+    with pytest.raises(ValueError, match="cannot be had with mixed_precision fp16"):
+        CTRLConfig(mixed_precision="fp16", gradient_batch_size=2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         CTRLConfig(objective="policy_gradient", ppo_epochs=3, checkpointing=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -58,22 +59,21 @@ def base_pool(policy, environment: Environment, count: int, seed: int) -> dict[s
     return dict(zip(("digit", "ink", "prompt", "scores"), (torch.cat(column) for column in zip(*parts, strict=True)), strict=True))
 
 
-def exact_law(base: dict[str, torch.Tensor], cells: torch.Tensor, label: int) -> torch.Tensor:
-    """The conditional law of the cell given the label: each prompt's weights normalised, prompts equally frequent."""
-    prompts = base["prompt"].unique()
-    laws = []
-    for prompt in prompts:
-        rows = base["prompt"] == prompt
-        laws.append(histogram(cells[rows], base["scores"][rows, label].softmax(0)))
-    return torch.stack(laws).mean(0)
+def exact_laws(base: dict[str, torch.Tensor], cells: torch.Tensor, label: int) -> torch.Tensor:
+    """The conditional law of the cell given the label and each prompt, (prompts, cells); prompts are equally frequent."""
+    rows_of = [base["prompt"] == prompt for prompt in base["prompt"].unique()]
+    return torch.stack([histogram(cells[rows], base["scores"][rows, label].softmax(0)) for rows in rows_of])
 
 
-def floor(law: torch.Tensor, draws: float, generator: torch.Generator, repeats: int = 200) -> float:
-    """Mean distance to `law` of the histogram of so many independent draws from it."""
+def floor(laws: torch.Tensor, draws: Sequence[float], generator: torch.Generator, repeats: int = 200) -> float:
+    """Mean distance to the laws' mean of the histograms of so many independent draws from each."""
     found = []
     for _ in range(repeats):
-        cells = torch.multinomial(law, max(1, round(draws)), replacement=True, generator=generator)
-        found.append(distance(histogram(cells, torch.ones(len(cells), dtype=torch.float64)), law))
+        parts = []
+        for law, count in zip(laws, draws, strict=True):
+            cells = torch.multinomial(law, max(1, round(count)), replacement=True, generator=generator)
+            parts.append(histogram(cells, torch.ones(len(cells), dtype=torch.float64)))
+        found.append(distance(torch.stack(parts).mean(0), laws.mean(0)))
     return sum(found) / repeats
 
 
@@ -91,12 +91,12 @@ def main() -> None:
     base = base_pool(policy, environment, args.base_samples, args.seed)
     edges = base["ink"].quantile(torch.arange(1, DECILES, dtype=torch.float64) / DECILES)
     base_cells = base["digit"] * DECILES + torch.bucketize(base["ink"], edges)
-    laws = [exact_law(base, base_cells, label) for label in range(len(names))]
+    laws = [exact_laws(base, base_cells, label) for label in range(len(names))]
     # the exact law is an estimate itself: how far its two halves are apart, halved, is about its own error
     half = torch.arange(len(base["digit"])) // environment.num_prompts % 2 == 0  # prompts take turns: whole rounds on each side
     halves = [{key: value[rows] for key, value in base.items()} for rows in (half, ~half)]
     own_error = [
-        distance(exact_law(halves[0], base_cells[half], y), exact_law(halves[1], base_cells[~half], y)) / 2
+        distance(exact_laws(halves[0], base_cells[half], y).mean(0), exact_laws(halves[1], base_cells[~half], y).mean(0)) / 2
         for y in range(len(names))
     ]
     with policy.merged():
@@ -108,17 +108,17 @@ def main() -> None:
     generator, rows = torch.Generator().manual_seed(args.seed), []
     for n in PARTICLES:
         distances, floors, ess_share = [], [], []
-        for label, law in enumerate(laws):
-            counts, own = 0.0, []
+        for label, of_prompts in enumerate(laws):
+            counts, own = [], []
             for prompt in range(environment.num_prompts):
                 chosen = ((tuned.label_rows == label) & (tuned.prompt_rows == prompt)).nonzero().flatten()
                 groups = chosen[: len(chosen) // n * n].view(-1, n)
                 share = log_weights[groups].softmax(dim=1)
                 own.append(histogram(cells[groups].flatten(), share.flatten()))
-                counts += effective_sample_size(log_weights[groups]).sum().item()
+                counts.append(effective_sample_size(log_weights[groups]).sum().item())
                 ess_share.append(effective_sample_size(log_weights[groups]).mean().item() / n)
-            distances.append(distance(torch.stack(own).mean(0), law))
-            floors.append(floor(law, counts, generator))
+            distances.append(distance(torch.stack(own).mean(0), of_prompts.mean(0)))
+            floors.append(floor(of_prompts, counts, generator))
         row = {
             "particles": n,
             "total_variation": sum(distances) / len(distances),
@@ -131,7 +131,8 @@ def main() -> None:
             f"n = {n:3}: TV {row['total_variation']:.4f}, noise floor {row['floor']:.4f}, ESS / n {row['ess_share']:.2f}",
             flush=True,
         )
-    base_distance = [distance(histogram(base_cells, torch.ones(len(base_cells), dtype=torch.float64)), law) for law in laws]
+    unlabelled = histogram(base_cells, torch.ones(len(base_cells), dtype=torch.float64))
+    base_distance = [distance(unlabelled, of_prompts.mean(0)) for of_prompts in laws]
     result = {
         "rows": rows,
         "base": sum(base_distance) / len(base_distance),

@@ -56,8 +56,8 @@ class CTRLConfig:
     )
     coarse_adjoint: bool = option(
         True,
-        "adjoint_matching: solve the adjoint where the regressed steps need it only, with the clean sample held in between: faster, about a "
-        "per cent off. false: at every step.",
+        "adjoint_matching: solve the adjoint where the regressed steps need it only, with the clean sample held in between: faster, a per "
+        "cent off or less on a small random U-Net. false: at every step.",
     )
     adjoint_passes: int = option(
         1,

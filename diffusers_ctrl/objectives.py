@@ -12,9 +12,8 @@ linear in the KL_k, so those of a random subset of steps, scaled, give an unbias
 of the tuned model, but through the *base* steps only (the lean adjoint): a_K = −gamma ∇log p̂(x_K), a_k = (∂mu_pre/∂x_k)ᵀ a_{k+1}.
 The optimal control is u_k = −sigma_k E[a_{k+1} | x_k], so regress u_k(x_k) on −sigma_k a_{k+1}. The noise of step k enters
 x_{k+1}, hence the index k + 1. Where u = 0 the two gradients agree to rounding on the same noise. On a random subset of steps, scaled, the
-regression is unbiased; with a coarse adjoint, solved at the states of that subset alone, it is a per cent off or less on a small
-U-Net, and cheaper. The
-targets of a trajectory do not depend on theta (`adjoints.py`): several optimizer steps may share them.
+regression is unbiased; with a coarse adjoint, solved at the states of that subset alone, it is a per cent off or less on a small random
+U-Net, and cheaper. The targets of a trajectory do not depend on theta (`adjoints.py`): several optimizer steps may share them.
 
 `policy_gradient` (PPO, arXiv 1707.06347; for diffusion DDPO, arXiv 2305.13301) needs no gradient of log p̂ at all:
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from report_format import read, span, spread, table
+from report_format import exact_draws, read, span, spread, table
 
 
 EDGE = "†"  # behind a value that is the largest of those tried
 EXACT = "exact draws"
-DISTANCES = (("tv", 3, 1), ("mmd2", 2, 1000))
 BACKWARD = ("MPGD",)  # through the classifier and the decoder, though not through the denoiser, which is what `calls` counts
 
 
@@ -66,7 +65,7 @@ def peers_table(setting: str) -> str:
         + "".join(f"; {method}: {', '.join(map(str, own))}" for method, own in seeds.items() if own != seeds[order[0]])
         + f". {EDGE}: the largest value tried. Seconds of training: CTRL's with its classifier, which the others are given."
         + f" {found[0]['outputs']} images a label ({found[0]['labels']} labels), {found[0]['validation']} for each weight tried.",
-        *(exact_line(one) for one in found if one["method"] == EXACT),
+        *(f"As many exact draws show {exact_draws(one['rows'][0])}." for one in found if one["method"] == EXACT),
     ]
     header = [
         "method",
@@ -107,15 +106,6 @@ def peers_short(setting: str = "stroke") -> str:
         "× base's time",
     ]
     return table(header, lines)
-
-
-def exact_line(record: dict[str, Any]) -> str:
-    """What many sets of exact draws show."""
-    row = record["rows"][0]
-    tv, mmd2 = (
-        spread([scale * row[f"{name}_floor"]], digits, scale * row[f"{name}_floor_sd"]) for name, digits, scale in DISTANCES
-    )
-    return f"Sets of as many exact draws show TV {tv} and MMD² {mmd2} (e-3; ± is the standard deviation from set to set, seed {record['seed']})."
 
 
 def at_the_edge(row: dict[str, Any]) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from records import RESULTS
-from report_format import pm, read, spread, table
+from report_format import exact_draws, pm, read, spread, table
 from report_peers import peers_short, peers_table
 
 
@@ -65,8 +65,8 @@ def sample_efficiency() -> str:
         "digit",
         "training, s",
     ]
-    floor = statistics.mean(row["tv_floor"] for one in found for row in one["rows"])
-    about = f"Seeds {', '.join(map(str, sorted({one['seed'] for one in found})))}; {found[0]['outputs']} images a label. Exact draws of the truth: TV {floor:.3f}."
+    about = f"Seeds {', '.join(map(str, sorted({one['seed'] for one in found})))}; {found[0]['outputs']} images a label. "
+    about += f"As many exact draws of the truth show {exact_draws(found[0]['rows'][0])}."
     return table(header, lines) + "\n\n" + about
 
 

@@ -12,6 +12,7 @@ tried. Rows of a result: `plain`, the value 1, which is what Bayes says; the bes
 the best accuracy by the classifier fitted to the same N labels, which any user could do.
 
 The truth is the same for all N and both methods: base samples whose exact class is the label, that is p(y | x) = 1 where the oracle reads y, else 0.
+`nearest`: the mean distance of an image to the nearest of the N labelled ones (8x8 pictures), over the same of exact draws: well below one, it copies.
 Distances as in exact_reference.py, with what exact draws show; standard errors by a jackknife over rounds of the prompts, binomial for accuracies.
 
 Writes results/sample_efficiency/VARIANT-seedN.json.
@@ -30,7 +31,7 @@ from typing import Any
 import torch
 from baselines import cfg_finetune
 from baselines.base import Base, Labelled, encode, open_base
-from digits_runs import Labels, cached_classifier, config_of, make_trainer, open_pipe, train, unseen_figures
+from digits_runs import Labels, cached_classifier, config_of, make_trainer, open_pipe, seen_digits, train, unseen_figures
 from exact_reference import EXACT_DRAWS, Reference, distances, make_reference, mmd2_to, over_labels, small, total_variation
 from experiment import arguments, clock, run_all
 
@@ -171,6 +172,16 @@ def judged(reference: Reference, labels: Labels, images: Images, seed: int) -> d
     return out | distances_with_errors(reference, images, seed)
 
 
+def nearest(reference: Reference, images: Images, labelled: torch.Tensor, seed: int) -> float:
+    """Mean distance to the nearest of the labelled images (N, C, H, W), over that of as many exact draws."""
+    generator, known = torch.Generator().manual_seed(seed), small(labelled)
+    exact = [reference.in_turn(label, len(own), generator) for label, own in enumerate(images)]
+    found = [
+        torch.cdist(parts, known).amin(dim=1).mean() for parts in (small(torch.cat(images)), reference.features[torch.cat(exact)])
+    ]
+    return (found[0] / found[1]).item()
+
+
 @torch.no_grad()
 def classifier_accuracy(classifier: Classifier, images: Images) -> float:
     right = [(classifier.log_probs(own)[0].argmax(dim=1) == row).double().mean().item() for row, own in enumerate(images)]
@@ -205,10 +216,11 @@ def run(spec: dict[str, Any], name: str, seed: int, folder: Path) -> dict[str, A
     pool = pool_of(spec, folder)
     reference = truth(spec["base"], spec["train"]["num_inference_steps"], spec["attribute"], spec["base_samples"], pool)
     best, tried = chosen(fitted, reference, classifier, spec["validation"])
-    rows = [
-        {"value": value, "tuned_for": aims, **judged(reference, labels, fitted.draw(value, spec["outputs"], 2), 3)}
-        for value, aims in best.items()
-    ]
+    labelled, rows = seen_digits(spec["base"])[labels.rows], []
+    for value, aims in best.items():
+        images = fitted.draw(value, spec["outputs"], 2)
+        row = {"value": value, "tuned_for": aims, **judged(reference, labels, images, 3)}
+        rows.append(row | {"nearest": nearest(reference, images, labelled, 3)})
     about |= {"method": method, "num_labels": int(count), **fitted.about}
     return {**about, **{key: spec[key] for key in ("outputs", "validation", "base_samples")}, "rows": rows, "tried": tried}
 

@@ -1,5 +1,6 @@
 """The learning experiments of benchmarks/ at toy size: what they compare with, what they change, and that they go on where they stopped."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -89,6 +90,12 @@ def test_the_truth_is_of_the_class_that_the_oracle_reads(folder):
         found = sample_efficiency.distances_with_errors(reference, [images[reference.in_turn(0, 100, generator)]], 0)
         assert abs(found["tv"] - found["tv_floor"]) < 0.15 and 0 < found["tv_se"] < 0.1
     assert (digits == prompts).double().mean() > 0.9
+    # copies of the labelled images are told from exact draws, which are as near to them as exact draws are
+    label, known = whole[0], images[reference.in_turn(whole[0], 20, generator)]
+    draws = images[reference.in_turn(label, 200, generator)]
+    only = dataclasses.replace(reference, log_weights=reference.log_weights[:, [label]])
+    assert sample_efficiency.nearest(only, [known[torch.arange(100) % 20]], known, 0) < 0.05
+    assert 0.8 < sample_efficiency.nearest(only, [draws], known, 0) < 1.25
 
 
 def test_the_jackknife_of_a_mean_is_its_standard_error():

@@ -9,7 +9,6 @@ would be, and takes the mean of the unbiased MMD² below zero.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +55,6 @@ class Reference:
 
     images: torch.Tensor
     num_prompts: int
-
     cells: torch.Tensor
     features: torch.Tensor
     log_weights: torch.Tensor
@@ -160,6 +158,11 @@ def total_variation(cells: torch.Tensor, law: torch.Tensor) -> float:
     return distance(histogram(cells, torch.ones(len(cells), dtype=torch.float64), len(law)), law)
 
 
+def distance_to_law(reference: Reference, images: Sequence[torch.Tensor]) -> float:
+    """Total variation of each label's images to its exact law, mean over the labels."""
+    return sum(total_variation(reference.cells_of(own), reference.law(label)) for label, own in enumerate(images)) / len(images)
+
+
 def mmd2_to(b: torch.Tensor) -> Callable[[torch.Tensor], float]:
     """(n, d) -> unbiased squared MMD to b (m, d), whose own part is computed once; the kernels' width is that of b's median distance."""
     width = torch.pdist(b[:500]).median()
@@ -176,30 +179,19 @@ def mmd2_to(b: torch.Tensor) -> Callable[[torch.Tensor], float]:
     return lambda a: (within(a) + own - 2 * kernel(a, b).mean()).item()
 
 
-def distances(reference: Reference, label: int, images: torch.Tensor, generator: torch.Generator) -> dict[str, float]:
-    """tv and mmd2 of `images` that were drawn for this label, prompts in turn; and `of_exact_draws`, as many."""
-    to_exact = mmd2_to(reference.features[reference.in_turn(label, EXACT_DRAWS, generator)])
-    apart = {"tv": total_variation(reference.cells_of(images), reference.law(label)), "mmd2": to_exact(small(images))}
-    return apart | of_exact_draws(reference, label, len(images), to_exact, generator)
+def to_exact(reference: Reference, label: int, generator: torch.Generator) -> Callable[[torch.Tensor], float]:
+    """(n, 64) features -> squared MMD to many exact draws of this label."""
+    return mmd2_to(reference.features[reference.in_turn(label, EXACT_DRAWS, generator)])
 
 
-def of_exact_draws(
-    reference: Reference, label: int, count: int, to_exact: Callable[[torch.Tensor], float], generator: torch.Generator
-) -> dict[str, float]:
-    """Means of tv and mmd2 of so many exact draws, `_floor`, and their variances, `_floor_var`."""
-    law, out = reference.law(label), {}
-    draws = [reference.in_turn(label, count, generator) for _ in range(FLOOR_REPEATS)]
-    for name, values in (
-        ("tv", [total_variation(reference.cells[rows], law) for rows in draws]),
-        ("mmd2", [to_exact(reference.features[rows]) for rows in draws]),
-    ):
-        out |= {f"{name}_floor": statistics.mean(values), f"{name}_floor_var": statistics.variance(values)}
-    return out
-
-
-def over_labels(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means over the labels of `distances`; `tv_floor_sd` and `mmd2_floor_sd` are of such a mean."""
-    out = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0] if not name.endswith(("_var", "_se"))}
-    return out | {
-        f"{name}_floor_sd": math.sqrt(sum(row[f"{name}_floor_var"] for row in rows)) / len(rows) for name in ("tv", "mmd2")
-    }
+def of_exact_draws(reference: Reference, count: int, generator: torch.Generator) -> dict[str, float]:
+    """tv and mmd2 of sets of exact draws, `count` a label: means over labels and sets, `_floor`, and the standard deviation from set to set."""
+    sets: dict[str, list[torch.Tensor]] = {"tv": [], "mmd2": []}
+    for label in range(reference.log_weights.shape[1]):
+        law, far = reference.law(label), to_exact(reference, label, generator)
+        draws = [reference.in_turn(label, count, generator) for _ in range(FLOOR_REPEATS)]
+        sets["tv"].append(torch.tensor([total_variation(reference.cells[rows], law) for rows in draws]))
+        sets["mmd2"].append(torch.tensor([far(reference.features[rows]) for rows in draws]))
+    means = {name: torch.stack(values).mean(dim=0) for name, values in sets.items()}
+    floors = {f"{name}_floor": values.mean().item() for name, values in means.items()}
+    return floors | {f"{name}_floor_sd": values.std().item() for name, values in means.items()}

@@ -31,10 +31,10 @@ def pm(metrics: dict[str, Any], key: str, digits: int = 3) -> str:
     return spread([metrics[key]], digits, metrics[f"{key}_se"])
 
 
-def exact_draws(row: dict[str, Any]) -> str:
-    """What many sets of as many exact draws show, from a row of exact_reference.py's distances."""
+def exact_draws(found: dict[str, Any]) -> str:
+    """What exact_reference.py's `of_exact_draws` found."""
     shown = [
-        f"{scale * row[f'{name}_floor']:.{places}f} ± {scale * row[f'{name}_floor_sd']:.{places}f}"
+        f"{scale * found[f'{name}_floor']:.{places}f} ± {scale * found[f'{name}_floor_sd']:.{places}f}"
         for name, places, scale in (("tv", 3, 1), ("mmd2", 2, 1000))
     ]
     return f"TV {shown[0]} and MMD² {shown[1]}e-3 (± is the standard deviation from set to set)"

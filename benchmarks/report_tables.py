@@ -66,7 +66,7 @@ def sample_efficiency() -> str:
         "training, s",
     ]
     about = f"Seeds {', '.join(map(str, sorted({one['seed'] for one in found})))}; {found[0]['outputs']} images a label. "
-    about += f"As many exact draws of the truth show {exact_draws(found[0]['rows'][0])}."
+    about += f"As many exact draws of the truth show {exact_draws(found[0])}."
     return table(header, lines) + "\n\n" + about
 
 

@@ -13,7 +13,7 @@ the best accuracy by the classifier fitted to the same N labels, which any user 
 
 The truth is the same for all N and both methods: base samples whose exact class is the label, that is p(y | x) = 1 where the oracle reads y, else 0.
 `nearest`: the mean distance of an image to the nearest of the N labelled ones (8x8 pictures), over the same of exact draws: well below one, it copies.
-Distances as in exact_reference.py, with what exact draws show; standard errors by a jackknife over rounds of the prompts, binomial for accuracies.
+Distances as in exact_reference.py, with what exact draws show (`tv_floor`, `mmd2_floor`); standard errors by a jackknife over rounds of the prompts, binomial for accuracies.
 
 Writes results/sample_efficiency/VARIANT-seedN.json.
 """
@@ -32,7 +32,7 @@ import torch
 from baselines import cfg_finetune
 from baselines.base import Base, Labelled, encode, open_base
 from digits_runs import Labels, cached_classifier, config_of, make_trainer, open_pipe, seen_digits, train, unseen_figures
-from exact_reference import EXACT_DRAWS, Reference, distances, make_reference, mmd2_to, over_labels, small, total_variation
+from exact_reference import Reference, distance_to_law, make_reference, of_exact_draws, small, to_exact, total_variation
 from experiment import arguments, clock, run_all
 
 from diffusers_ctrl import Classifier
@@ -144,19 +144,18 @@ METHODS = {"ctrl": fit_ctrl, "cfg": fit_cfg, "exact": fit_exact}
 
 
 def distances_with_errors(reference: Reference, images: Images, seed: int) -> dict[str, float]:
-    """Means over the labels of `distances`, with standard errors."""
+    """Total variation and squared MMD, means over the labels, with standard errors."""
     generator, rows = torch.Generator().manual_seed(seed), []
     for label, own in enumerate(images):
-        found = distances(reference, label, own, generator)
         rounds = max(2, len(own) // reference.num_prompts)  # prompts take turns, so each group has them all
-        law, cells, pictures = reference.law(label), reference.cells_of(own), small(own)
-        to_exact = mmd2_to(reference.features[reference.in_turn(label, EXACT_DRAWS, generator)])
-        found["tv_se"] = jackknife(lambda kept, c=cells, p=law: total_variation(c[kept], p), len(own), rounds)
-        found["mmd2_se"] = jackknife(lambda kept, x=pictures, far=to_exact: far(x[kept]), len(own), rounds)
-        rows.append(found)
-    return over_labels(rows) | {
-        name: math.sqrt(sum(row[name] ** 2 for row in rows)) / len(rows) for name in rows[0] if name.endswith("_se")
-    }
+        law, cells = reference.law(label), reference.cells_of(own)
+        far, pictures = to_exact(reference, label, generator), small(own)
+        row = {"tv": total_variation(cells, law), "mmd2": far(pictures)}
+        row["tv_se"] = jackknife(lambda kept, c=cells, p=law: total_variation(c[kept], p), len(own), rounds)
+        row["mmd2_se"] = jackknife(lambda kept, x=pictures, far=far: far(x[kept]), len(own), rounds)
+        rows.append(row)
+    means = {name: sum(row[name] for row in rows) / len(rows) for name in ("tv", "mmd2")}
+    return means | {name: math.sqrt(sum(row[name] ** 2 for row in rows)) / len(rows) for name in ("tv_se", "mmd2_se")}
 
 
 def judged(reference: Reference, labels: Labels, images: Images, seed: int) -> dict[str, Any]:
@@ -195,9 +194,12 @@ def chosen(
     tried = []
     for value in fitted.values:
         images = fitted.draw(value, validation, 1)
-        apart = [total_variation(reference.cells_of(own), reference.law(row)) for row, own in enumerate(images)]
         tried.append(
-            {"value": value, "tv": sum(apart) / len(apart), "classifier_accuracy": classifier_accuracy(classifier, images)}
+            {
+                "value": value,
+                "tv": distance_to_law(reference, images),
+                "classifier_accuracy": classifier_accuracy(classifier, images),
+            }
         )
     best = {
         "plain": fitted.values[0],
@@ -222,16 +224,17 @@ def run(spec: dict[str, Any], name: str, seed: int, folder: Path) -> dict[str, A
         row = {"value": value, "tuned_for": aims, **judged(reference, labels, images, 3)}
         rows.append(row | {"nearest": nearest(reference, images, labelled, 3)})
     about |= {"method": method, "num_labels": int(count), **fitted.about}
+    about |= of_exact_draws(reference, spec["outputs"], torch.Generator().manual_seed(4))
     return {**about, **{key: spec[key] for key in ("outputs", "validation", "base_samples")}, "rows": rows, "tried": tried}
 
 
 def line(record: dict[str, Any]) -> str:
     rows = [
-        f"{'+'.join(row['tuned_for'])} {row['value']}: accuracy {row['accuracy']:.3f} ± {row['accuracy_se']:.3f}, TV {row['tv']:.3f} "
-        f"(floor {row['tv_floor']:.3f}), MMD² {row['mmd2']:.4f}, digit {row['prompt_accuracy']:.3f}"
+        f"{'+'.join(row['tuned_for'])} {row['value']}: accuracy {row['accuracy']:.3f} ± {row['accuracy_se']:.3f}, TV {row['tv']:.3f}, "
+        f"MMD² {row['mmd2']:.4f}, digit {row['prompt_accuracy']:.3f}"
         for row in record["rows"]
     ]
-    return f"{record['seconds_training']:.0f} s  " + "; ".join(rows)
+    return f"{record['seconds_training']:.0f} s, exact draws' TV {record['tv_floor']:.3f}  " + "; ".join(rows)
 
 
 def main(given: list[str] | None = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from .objectives import OBJECTIVES
@@ -147,9 +147,10 @@ class CTRLConfig:
             raise ValueError(f"gae_lambda must be from 0 to 1, got {self.gae_lambda}.")
         if self.gae_lambda < 1 and not self.lookahead_critic:
             raise ValueError(f"gae_lambda = {self.gae_lambda} needs lookahead_critic: only its baseline knows the state.")
-        defaults = {each.name: each.default for each in fields(self)}
         for objectives, names in OWN.items():
-            ignored = [name for name in names if self.objective not in objectives and getattr(self, name) != defaults[name]]
+            ignored = [
+                name for name in names if self.objective not in objectives and getattr(self, name) != getattr(CTRLConfig, name)
+            ]
             if ignored:
                 given = ", ".join(f"{name} = {getattr(self, name)}" for name in ignored)
                 warnings.warn(f"{given}: for {' and '.join(objectives)} only, and ignored by {self.objective}.", stacklevel=3)

@@ -86,16 +86,17 @@ def direct_backprop(
         raise ValueError(
             f"kl_steps are of the whole trajectory: leave them out with truncation = {truncation}, or the other way round."
         )
-    if gradient_batch_size is not None and not policy.checkpointing:
+    recomputes = policy.checkpointing and not scales_losses(batch.noise)
+    if gradient_batch_size is not None and not recomputes:
         raise ValueError(
-            f"gradient_batch_size = {gradient_batch_size} needs checkpointing: without it the whole trajectory is one graph."
+            f"gradient_batch_size = {gradient_batch_size} needs checkpointing and no float16 autocast: the whole trajectory is one graph else."
         )
     steps = len(sampler.timesteps)
     priced = sampler.noisy_steps if kl_steps is None else [sampler.noisy_steps[i] for i in kl_steps]
     least = steps - sampler.noisy_steps[-1]  # the last steps may have no noise, and then nothing to tune
     if truncation is not None and not least <= truncation <= steps:
         raise ValueError(f"truncation must be between {least} and the number of steps, {steps}; got {truncation}.")
-    if policy.checkpointing and not scales_losses(batch.noise):
+    if recomputes:
         return _recomputed_backprop(
             policy, sampler, batch, log_likelihood, generator, truncation or steps, priced, gradient_batch_size
         )
@@ -152,9 +153,7 @@ def _recomputed_backprop(
             for rows in parts(len(batch), at_a_time):
                 solved_rows += back(k, rows, x[rows], following[rows], adjoint[rows])
             adjoint = torch.cat(solved_rows) if solved_rows else adjoint
-    losses.take(kl.sum(), [])
-    ends = (batch.gamma.to(reward) * reward).sum()
-    losses.take(-ends, [])
+    losses.take(kl.sum() - (batch.gamma.to(reward) * reward).sum(), [])
     return losses.total() / len(batch), _metrics(reward, kl, batch)
 
 

@@ -1,5 +1,6 @@
 """benchmarks/baselines on the embedded digits: they sample the same base, they reduce to it, and guidance does what it should."""
 
+import statistics
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from baselines import best_of_n, cfg_finetune, classifier_guidance, dps, mpgd, tfg
 from baselines.base import Labelled, encode, open_base
 from baselines.guided import guided
-from exact_reference import DECILES, DIGITS, distances, make_reference, mmd2_to
+from exact_reference import DECILES, DIGITS, distance_to_law, make_reference, mmd2_to, of_exact_draws, small, to_exact
 
 from diffusers_ctrl.adapters import load_adapter, resolve_folder
 from digits_data import PROMPTS, digit_oracle, drawn_digits, measure_stroke, stroke_oracle
@@ -127,13 +128,17 @@ def test_distances_to_the_exact_law(base, adapter, tmp_path):
     law = reference.law(2)
     assert law.shape == (DIGITS * DECILES,) and abs(law.sum().item() - 1) < 1e-9
     pool = torch.load(tmp_path / "pool.pt", weights_only=True).float()
-    rows = reference.in_turn(2, 300, generator(1))
-    assert torch.equal(rows % 10, torch.arange(300) % 10)
-    exact = distances(reference, 2, pool[rows], generator(2))
-    plain = distances(reference, 2, pool[:300], generator(2))
+    rows = [reference.in_turn(label, 300, generator(label)) for label in range(3)]
+    assert all(torch.equal(own % 10, torch.arange(300) % 10) for own in rows)
+    floor = of_exact_draws(reference, 300, generator(2))
+    found = {}
+    for name, images in (("exact", [pool[own] for own in rows]), ("plain", [pool[:300]] * 3)):
+        mmd2 = [to_exact(reference, label, generator(3))(small(own)) for label, own in enumerate(images)]
+        found[name] = {"tv": distance_to_law(reference, images), "mmd2": statistics.mean(mmd2)}
+    exact, plain = found["exact"], found["plain"]
     for name in ("tv", "mmd2"):  # one set of draws is where the others are
-        assert abs(exact[name] - exact[f"{name}_floor"]) < 4 * exact[f"{name}_floor_var"] ** 0.5
-    assert 1.5 * exact["tv_floor"] < plain["tv"]
+        assert abs(exact[name] - floor[f"{name}_floor"]) < 4 * floor[f"{name}_floor_sd"]
+    assert exact["tv"] < 1.5 * floor["tv_floor"] < plain["tv"]
     assert exact["mmd2"] < plain["mmd2"] / 3
     with pytest.raises(SystemExit, match="holds 600 samples, not 700"):
         make_reference(*arguments[:5], 700, arguments[-1])

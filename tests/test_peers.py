@@ -4,7 +4,6 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,11 +99,10 @@ def test_the_weight_is_tuned_for_each_aim_by_its_own_figure(smoke, monkeypatch):
     folder, _ = smoke
     found = {1.0: (0.2, 0.8), 2.0: (0.3, 0.9), 3.0: (0.4, 0.7)}
     monkeypatch.setattr(peers, "draw_all", lambda s, draw, per_label, seed: [torch.full((4, 1), draw)])
-    monkeypatch.setattr(peers, "total_variation", lambda cells, law: found[cells][0])
+    monkeypatch.setattr(peers, "distance_to_law", lambda reference, images: found[images[0][0, 0].item()][0])
 
     class Made:
-        smoke, labels = False, torch.tensor([[0.0]])
-        reference = SimpleNamespace(cells_of=lambda own: own[0, 0].item(), law=lambda row: None)
+        smoke, labels, reference = False, torch.tensor([[0.0]]), None
 
         def classifier(self, images, labels):
             return torch.zeros(len(images))

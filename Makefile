@@ -1,4 +1,4 @@
-.PHONY: quality style test slow bench bench-smoke smoke-peers smoke-learning
+.PHONY: quality style test slow bench bench-smoke
 
 CODE = diffusers_ctrl training tests benchmarks docs setup.py
 
@@ -31,20 +31,7 @@ bench:
 	python benchmarks/label_cost.py
 	python benchmarks/report.py
 
-# The same at toy size, to see that it runs: minutes. Writes to runs/. Two at a time, each on a thread: so small, more threads only cost.
-SMOKE = runs/bench-smoke
+# The same at toy size, to see that it runs: minutes. Writes to runs/.
 bench-smoke:
-	rm -rf $(SMOKE)
-	OMP_NUM_THREADS=1 $(MAKE) -j2 --output-sync=target smoke-peers smoke-learning
+	python benchmarks/smoke.py
 	python benchmarks/report.py --check
-
-smoke-peers:
-	python benchmarks/peers.py --smoke --settings stroke --seeds 0 --runs $(SMOKE) --results $(SMOKE)/peers
-	python benchmarks/peers.py --smoke --settings stroke-slant --seeds 0 --only base CTRL "classifier guidance" --runs $(SMOKE) --results $(SMOKE)/peers
-
-smoke-learning:
-	python benchmarks/sample_efficiency.py --smoke --results $(SMOKE)/sample_efficiency
-	python benchmarks/ablations.py --smoke --results $(SMOKE)/ablations
-	python benchmarks/time_to_gap.py --smoke --results $(SMOKE)/time_to_gap
-	python benchmarks/step_time.py --smoke --threads 1 --output $(SMOKE)/step_time.json
-	python benchmarks/label_cost.py --smoke --output $(SMOKE)/label_cost.json

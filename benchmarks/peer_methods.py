@@ -11,7 +11,7 @@ from baselines import best_of_n, cfg_finetune, classifier_guidance, ddpo, dps, d
 from baselines.base import Base, Labelled
 from exact_reference import Reference
 
-from diffusers_ctrl import Classifier, Policy
+from diffusers_ctrl import Classifier, LabelSpace, Policy
 from diffusers_ctrl.adapters import Adapter
 from diffusers_ctrl.rollouts import Environment, rollout
 from task import TaskConfig
@@ -21,29 +21,41 @@ Draw = Callable[[torch.Tensor, torch.Tensor, torch.Generator], torch.Tensor]  # 
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One seed of one table's row of labels.
+class Trained:
+    """An adapter of ours, on its base. seconds: of its training, its classifier's included."""
 
-    adapter, policy, environment: ours, as trained. labels: (M, A). data: the labelled images, which the trained baselines learn from.
-    reference: the exact law at gamma = 1. smoke: everything at toy size.
-    """
-
-    base: Base
     adapter: Adapter
     policy: Policy
     environment: Environment
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One seed of one table's row of labels.
+
+    ours: the adapter whose classifier all are given. longer: opens the same trained longer, where the table has one. labels: (M, A).
+    data: the labelled images, which the trained baselines learn from. reference: the exact law at gamma = 1. smoke: everything at toy size.
+    """
+
+    base: Base
+    ours: Trained
+    longer: Callable[[], Trained]
     labels: torch.Tensor
     data: Labelled
     reference: Reference
     task: TaskConfig
     seed: int
-    training_seconds: float
     smoke: bool = False
+
+    @property
+    def space(self) -> LabelSpace:
+        return self.ours.adapter.label_encoder.label_space
 
     @property
     def classifier(self) -> Classifier:
         """The one that all methods are given."""
-        return self.adapter.classifier
+        return self.ours.adapter.classifier
 
     def likelihood(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Its log p̂(y | x), (n,) nats."""
@@ -61,13 +73,15 @@ class Setting:
 class Method:
     """weights: what is tried. fit: what is made once, before any weight is known. draw: (setting, what was made, weight) -> how to draw.
 
-    priced: whether its steps go through `Base.price`, so that the KL of its paths to the base's is known.
+    priced: whether its steps go through `Base.price`, so that the KL of its paths to the base's is known. longer: only for settings that
+    have an adapter trained longer.
     """
 
     weights: tuple[float, ...]
     draw: Callable[[Setting, Any, float], Draw]
     fit: Callable[[Setting], Any] = lambda s: None
     priced: bool = False
+    longer: bool = False
 
 
 def training_free(module: Any) -> Callable[[Setting, Any, float], Draw]:
@@ -97,7 +111,7 @@ def with_noisy_classifier(s: Setting, fitted: Any, weight: float) -> Draw:
 
 
 def fit_cfg(s: Setting) -> Policy:
-    return cfg_finetune.fit(s.base, s.adapter.label_encoder.label_space, s.data, updates=s.updates(1000), seed=s.seed)
+    return cfg_finetune.fit(s.base, s.space, s.data, updates=s.updates(1000), seed=s.seed)
 
 
 def with_cfg(s: Setting, policy: Policy, weight: float) -> Draw:
@@ -108,18 +122,17 @@ def by_rl(module: Any) -> Callable[[Setting, Any, float], Draw]:
     """weight: how many updates it gets, which is all that holds it near the base. Each is a training of its own."""
 
     def draw(s: Setting, _: None, weight: float) -> Draw:
-        space = s.adapter.label_encoder.label_space
-        policy = module.fit(s.base, space, s.likelihood, s.labels, weight=s.updates(int(weight)), seed=s.seed)
+        policy = module.fit(s.base, s.space, s.likelihood, s.labels, weight=s.updates(int(weight)), seed=s.seed)
         return lambda y, prompts, g: module.sample(s.base, s.likelihood, y, prompts, g, policy=policy)
 
     return draw
 
 
-def ours(particles: int) -> Callable[[Setting, Any, float], Draw]:
+def ours(particles: int) -> Callable[[Setting, Trained, float], Draw]:
     """weight: gamma, where the adapter was trained for a range of it. particles: of exact sampling; 1 is one plain call."""
 
-    def make(s: Setting, _: None, weight: float) -> Draw:
-        policy, environment = s.policy, replace(s.environment, gamma=weight, gamma_range=None)
+    def make(s: Setting, trained: Trained, weight: float) -> Draw:
+        policy, environment = trained.policy, replace(trained.environment, gamma=weight, gamma_range=None)
 
         @torch.no_grad()
         def draw(y: torch.Tensor, prompts: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -145,8 +158,9 @@ def ours(particles: int) -> Callable[[Setting, Any, float], Draw]:
 METHODS = {
     "base": Method((0,), lambda s, _, weight: lambda y, prompts, g: s.base.draw(prompts, g), priced=True),
     "exact draws": Method((1,), exact),
-    "CTRL": Method((1, 1.6, 2.5, 4), ours(1), priced=True),
-    "CTRL, 8 particles": Method((1, 2.5), ours(8)),
+    "CTRL": Method((1, 1.6, 2.5, 4), ours(1), lambda s: s.ours, priced=True),
+    "CTRL, 8 particles": Method((1, 2.5, 4), ours(8), lambda s: s.ours),
+    "CTRL, trained longer": Method((1, 2, 4, 8), ours(1), lambda s: s.longer(), priced=True, longer=True),
     "CFG fine-tuning": Method((1, 2, 3, 5), with_cfg, fit_cfg),
     "DPS": Method((0.25, 0.5, 1, 2, 4), training_free(dps), priced=True),
     "MPGD": Method((0.05, 0.1, 0.2, 0.4, 0.8, 1.6), training_free(mpgd)),

@@ -44,7 +44,7 @@ from diffusers_ctrl.labels import label_grid  # noqa: E402
 from digits_data import digit_oracle  # noqa: E402
 from evaluate import adapter_environment  # noqa: E402
 from likelihood import labelled_images, write_datasets  # noqa: E402
-from peer_methods import METHODS, Draw, Method, Setting  # noqa: E402
+from peer_methods import METHODS, Draw, Method, Setting, Trained  # noqa: E402
 from records import RESULTS, provenance, write_json  # noqa: E402
 from task import attribute_oracle, parse_arguments  # noqa: E402
 
@@ -55,34 +55,58 @@ TOY = {"max_updates": 2, "coarse_updates": 1, "coarse_steps": 4, "num_inference_
 TOY |= {"eval_samples": 10, "base_samples": 90, "classifier_epochs": 1, "classifier_members": 2}
 
 
-def arguments_of(name: str, seed: int, folder: Path, smoke: bool) -> list[str]:
+def read_experiment() -> dict[str, Any]:
+    return yaml.safe_load(EXPERIMENT.read_text())
+
+
+def arguments_of(name: str, seed: int, folder: Path, smoke: bool, longer: bool = False) -> list[str]:
     """The command line of a setting's training."""
-    spec = yaml.safe_load(EXPERIMENT.read_text())
-    settings = {**spec["common"], **spec["settings"][name], **(TOY if smoke else {}), "seed": seed, "output_dir": folder}
+    spec = read_experiment()
+    settings = {**spec["common"], **spec["settings"][name], **(spec["longer"][name] if longer else {})}
+    settings |= {**(TOY if smoke else {}), "seed": seed, "output_dir": folder}
     found = ["--config", str(ROOT / settings.pop("config"))]
     for key, value in settings.items():
         found += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     return found
 
 
-def open_setting(name: str, seed: int, folder: Path, base_samples: int, cache: Path, smoke: bool = False) -> Setting:
-    """Trains the adapter where it is not there yet."""
-    arguments = arguments_of(name, seed, folder, smoke)
+def trained(arguments: list[str]) -> Trained:
+    """The adapter of this command line; trains it where it is not there yet."""
+    task, config = parse_arguments(arguments)
+    folder = Path(config.output_dir)
     if not (folder / CONFIG_NAME).is_file():
         train_ctrl.main(arguments)
     adapter = load_adapter(folder)
-    task, config = parse_arguments(arguments)
     adapter.classifier.eval().requires_grad_(False)
-    space, settings = adapter.label_encoder.label_space, adapter.config.sampler
-    pipe = DiffusionPipeline.from_pretrained(resolve_folder(adapter.config.base["id"]))
-    base, grid = open_base(pipe, list(task.prompts), settings["num_inference_steps"]), label_grid(space, subsets=False)
-    policy, environment = adapter_environment(adapter, task, grid)
-    _, images, labels, _ = labelled_images(task, pipe, write_datasets(task, config, pipe), seed)
-    data = Labelled(encode(base, images), labels, digit_oracle(images))
-    attributes = list(space.attributes)
-    reference = make_reference(base, adapter.classifier, grid.labels, 1.0, attributes, base_samples, cache)
     seconds = adapter.config.metrics["seconds_classifier"] + adapter.config.metrics["seconds_train"]
-    return Setting(base, adapter, policy, environment, grid.labels, data, reference, task, seed, seconds, smoke)
+    grid = label_grid(adapter.label_encoder.label_space, subsets=False)
+    return Trained(adapter, *adapter_environment(adapter, task, grid), seconds)
+
+
+def open_setting(name: str, seed: int, runs: Path, base_samples: int, smoke: bool = False) -> Setting:
+    """runs: where the adapters are, or will be, and the base samples."""
+    folder = runs / f"{name}-{seed}"
+    arguments = arguments_of(name, seed, folder, smoke)
+    task, config = parse_arguments(arguments)
+    ours = trained(arguments)
+    space = ours.adapter.label_encoder.label_space
+    pipe = DiffusionPipeline.from_pretrained(resolve_folder(ours.adapter.config.base["id"]))
+    base = open_base(pipe, list(task.prompts), ours.adapter.config.sampler["num_inference_steps"])
+    _, images, labels, _ = labelled_images(task, pipe, write_datasets(task, config, pipe), seed)
+    data, rows = Labelled(encode(base, images), labels, digit_oracle(images)), label_grid(space, subsets=False).labels
+    cache = runs / f"base-samples-{base_samples}.pt"
+    reference = make_reference(base, ours.adapter.classifier, rows, 1.0, list(space.attributes), base_samples, cache)
+
+    def longer() -> Trained:
+        found = trained(arguments_of(name, seed, folder.with_name(f"{folder.name}-longer"), smoke, longer=True))
+        seen, (one, other) = images[:100], (each.adapter.classifier for each in (ours, found))
+        if not torch.allclose(of_each(seen, rows, one), of_each(seen, rows, other), atol=1e-3):
+            raise SystemExit(
+                f"The adapters in {folder} and {folder}-longer have other classifiers: delete one, to train it again here."
+            )
+        return found
+
+    return Setting(base, ours, longer, rows, data, reference, task, seed, smoke)
 
 
 def draw_all(s: Setting, draw: Draw, per_label: int, seed: int) -> list[torch.Tensor]:
@@ -112,7 +136,7 @@ def diversity(s: Setting, images: list[torch.Tensor], generator: torch.Generator
 def judge(s: Setting, images: list[torch.Tensor], seed: int) -> dict[str, Any]:
     """The row's figures, means over labels; `by_label`: accuracy of each."""
     generator = torch.Generator().manual_seed(seed)
-    space, pictures = s.adapter.label_encoder.label_space, torch.cat(images)
+    space, pictures = s.space, torch.cat(images)
     asked = torch.cat([label.expand(len(own), -1) for label, own in zip(s.labels, images, strict=True)])
     found = torch.as_tensor(attribute_oracle(s.task)(pictures)).view(len(pictures), -1).double()
     out: dict[str, Any] = {k: v for k, v in agreement(space, asked, found).items() if k in ("accuracy", "macro_f1")}
@@ -146,7 +170,7 @@ def tuned(s: Setting, method: Method, validation: int, bar: tqdm) -> tuple[dict[
     """{what it is best for: what was tried}: the weight that is best by distance and the most accurate by the classifier; and all."""
     started = time.perf_counter()
     fitted, tried = method.fit(s), []
-    fitting = time.perf_counter() - started
+    fitting = fitted.seconds if isinstance(fitted, Trained) else time.perf_counter() - started
     for weight in method.weights[:1] if s.smoke else method.weights:
         started = time.perf_counter()
         draw = method.draw(s, fitted, weight)
@@ -189,7 +213,7 @@ def rows_of(s: Setting, name: str, outputs: int, validation: int, bar: tqdm) -> 
         row |= {f"{way}_calls": s.base.calls[way] / count for way in ("forward", "backward")}
         row["seconds_a_sample"] = seconds / count
         row["times_base"] = row["seconds_a_sample"] / ((before + base_seconds(s, alike)) / 2)
-        row["seconds_training"] = s.training_seconds if name.startswith("CTRL") else chosen["training"]
+        row["seconds_training"] = chosen["training"]
         if name == "exact draws":
             row |= of_exact_draws(s.reference, outputs, torch.Generator().manual_seed(5))
         if method.priced:
@@ -205,7 +229,8 @@ def has_tried(path: Path, method: str) -> bool:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    settings = list(yaml.safe_load(EXPERIMENT.read_text())["settings"])
+    spec = read_experiment()
+    settings = list(spec["settings"])
     parser.add_argument("--settings", nargs="+", choices=settings, default=settings)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=list(METHODS), default=list(METHODS))
@@ -222,16 +247,16 @@ def main(arguments: list[str] | None = None) -> None:
     if "TDS" in args.only and importlib.util.find_spec("azula") is None:
         print("TDS is left out: it needs azula, which benchmarks/README.md says how to install.")
         args.only.remove("TDS")
-    cache = args.runs / f"base-samples-{args.base_samples}.pt"
     for name, seed in [(name, seed) for seed in args.seeds for name in args.settings]:
         folder = args.results / f"{name}-seed{seed}"
-        paths = {method: folder / f"{method.replace(',', '').replace(' ', '-')}.json" for method in args.only}
+        methods = [method for method in args.only if name in spec["longer"] or not METHODS[method].longer]
+        paths = {method: folder / f"{method.replace(',', '').replace(' ', '-')}.json" for method in methods}
         missing = {
             method: path for method, path in paths.items() if not (path.exists() and (args.smoke or has_tried(path, method)))
         }
         if not missing:
             continue
-        s = open_setting(name, seed, args.runs / f"{name}-{seed}", args.base_samples, cache, args.smoke)
+        s = open_setting(name, seed, args.runs, args.base_samples, args.smoke)
         bar = tqdm(missing.items(), unit="method")
         for method, path in bar:
             bar.set_description(f"{name}, seed {seed}: {method}")

@@ -164,7 +164,7 @@ def worker(row: str, size: str, steps: int, repeats: int) -> dict[str, float]:
     }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), default="tiny")
     parser.add_argument("--steps", type=int, nargs="+", default=[20, 50])
@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="results/step_time_SIZE.json by default")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.worker:
         torch.set_num_threads(args.threads)
         print(json.dumps(worker(args.worker, args.size, args.steps[0], args.repeats)))

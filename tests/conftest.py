@@ -150,7 +150,7 @@ THREADS = torch.get_num_threads()
 
 @pytest.fixture(autouse=True)
 def same_threads():
-    """train_ctrl.main takes all cores for its process, and the number of threads changes bits of later tests."""
+    """Experiments of benchmarks/ take one thread for their process, and the number of threads changes bits of later tests."""
     yield
     torch.set_num_threads(THREADS)
 

@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -185,6 +187,19 @@ def test_it_says_what_to_type_next(sd_folder, tmp_path, capsys, monkeypatch):
 
 
 # -- resume --
+
+
+def test_the_launchers_one_thread_is_made_all_cores_and_other_threads_stay(monkeypatch):
+    """In-process and without the launcher the number of threads is whoever's it is."""
+    cpu = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    for launched, before, after in ((False, 1, 1), (True, 2, 2), (True, 1, 3)):
+        if launched:
+            monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+        torch.set_num_threads(before)
+        train_ctrl.take_cores(cpu)
+        assert torch.get_num_threads() == after
 
 
 def test_resume_from_latest(run, sd_folder, tmp_path, capsys):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 
@@ -55,6 +56,16 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         return run(*settings)
 
 
+def take_cores(accelerator: Accelerator) -> None:
+    """On CPU, where accelerate launch (it sets that variable) gives each process one thread and nothing else would use the other cores.
+
+    Without the launcher the threads are torch's, or those of whoever set them.
+    """
+    if accelerator.device.type == "cpu" and torch.get_num_threads() == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // accelerator.num_processes))
+
+
 def run(task: TaskConfig, config: CTRLConfig) -> dict[str, Any]:
     started = time.time()
     set_seed(config.seed)
@@ -63,10 +74,7 @@ def run(task: TaskConfig, config: CTRLConfig) -> dict[str, Any]:
     trackers = tracker_names(config.report_to) or None  # accelerate warns of an empty list
     accelerator = processes.make_accelerator(mixed_precision=config.mixed_precision, log_with=trackers, project_dir=str(output))
     number_log_lines(accelerator)
-    if accelerator.device.type == "cpu":
-        # accelerate launch gives each process one thread; on CPU there is nothing else to use the other cores
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // accelerator.num_processes))
+    take_cores(accelerator)
     oracle = attribute_oracle(task)
     if task.push_to_hub:
         check_shareable(task.base)  # now, not after hours of training

@@ -212,8 +212,9 @@ def test_resume_from_latest(run, sd_folder, tmp_path, capsys):
     resumed = smoke(sd_folder, first, "--resume_from", "latest", max_updates=4)
     assert "at update 3" in capsys.readouterr().out
     assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-000003", "checkpoint-000004"]
-    assert json.loads((resumed / "metrics.json").read_text())["updates"] == 4
-    assert [row["update"] for row in json.loads((resumed / "history.json").read_text())] == [1, 2, 3, 4]
+    metrics, history = (json.loads((resumed / name).read_text()) for name in ("metrics.json", "history.json"))
+    assert metrics["updates"] == 4 and [row["update"] for row in history] == [1, 2, 3, 4]
+    assert metrics["seconds_train"] == history[-1]["seconds"] > history[2]["seconds"] > 0  # with those before the resume
     ours, theirs = load_adapter(resumed), load_adapter(whole)
     assert all(torch.equal(ours.lora[key], theirs.lora[key]) for key in ours.lora)
     assert torch.equal(ours.label_encoder.tables[0], theirs.label_encoder.tables[0])

@@ -196,6 +196,7 @@ def test_a_run_that_fails_does_not_stop_the_others_and_what_is_done_is_kept(tmp_
         ablations.main([*arguments[:3], "--only", "nonsense"])
 
 
+@pytest.mark.slow  # bench-smoke, in CI too, runs the same and looks at nothing
 def test_a_curve_and_a_comparison_of_both_methods(tmp_path):
     time_to_gap.main(["--smoke", "--results", str(tmp_path / "time"), "--only", "direct_backprop"])
     record = json.loads((tmp_path / "time" / "direct_backprop-seed0.json").read_text())

@@ -468,7 +468,7 @@ def gaussian_trainer(folder, rank: int, gamma_range=None, **settings) -> tuple[C
         (24, {"objective": "direct_backprop"}),
         (24, {"objective": "adjoint_matching", "num_regression_steps": 23}),
         (24, {"objective": "adjoint_matching", "num_regression_steps": 5, "coarse_adjoint": True}),
-        (50, {"objective": "policy_gradient"}),
+        pytest.param(50, {"objective": "policy_gradient"}, marks=LONG),  # at 24 steps it needs more updates for the variance
         pytest.param(50, {"objective": "direct_backprop"}, marks=LONG),
         pytest.param(50, {"objective": "adjoint_matching", "num_regression_steps": 49}, marks=LONG),
         pytest.param(50, {"objective": "adjoint_matching", "num_regression_steps": 10, "coarse_adjoint": True}, marks=LONG),

@@ -142,12 +142,11 @@ def run(task: TaskConfig, config: CTRLConfig) -> dict[str, Any]:
     trainer.log_partition = sum(log_partitions) / len(gammas)
 
     # 4. train, save, judge
-    train_started = time.time()
     history = trainer.train()
-    train_seconds = time.time() - train_started
+    judging_started = time.time()
     metrics: dict[str, Any] = {
         "seconds_classifier": likelihood.seconds,
-        "seconds_train": train_seconds,
+        "seconds_train": trainer.seconds,  # of the updates, those before a resume included
         "updates": trainer.update,
         "weights_of_update": trainer.update if trainer.best_kept is None else trainer.best_kept,
         "num_labels": likelihood.num_labels,
@@ -180,7 +179,7 @@ def run(task: TaskConfig, config: CTRLConfig) -> dict[str, Any]:
     if rows is None:
         return metrics
     metrics |= {f"classifier_{key}": value for key, value in likelihood.calibration.items()}
-    metrics["seconds_evaluate"] = time.time() - train_started - train_seconds
+    metrics["seconds_evaluate"] = time.time() - judging_started
     metrics["seconds_total"] = time.time() - started
 
     adapter_config = AdapterConfig(

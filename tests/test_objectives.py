@@ -33,9 +33,6 @@ from problems import (
 )
 
 
-LONG = pytest.mark.slow
-
-
 def gradient(objective, policy, environment, *, rows=6, seed=3, **options) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     batch = environment.draw(rows, generator)
@@ -272,7 +269,7 @@ def path_wise_gradients(perturb, count):
     return torch.stack([gradient(direct_backprop, policy, environment, rows=60, seed=1000 + seed) for seed in range(count)])
 
 
-@pytest.mark.parametrize("perturb, lookahead", [pytest.param(0.0, False, marks=LONG), (0.1, False), (0.1, True)])
+@pytest.mark.parametrize("perturb, lookahead", [pytest.param(0.0, False, marks=pytest.mark.slow), (0.1, False), (0.1, True)])
 def test_policy_gradient_has_the_path_wise_gradient_in_expectation(perturb, lookahead):
     """At the start and at a perturbed point: equal means of two unbiased estimates along four directions, within four standard
     errors; and the mean gradients point the same way. (That of direct_backprop is held to finite differences of J above.)"""
@@ -468,10 +465,13 @@ def gaussian_trainer(folder, rank: int, gamma_range=None, **settings) -> tuple[C
         (24, {"objective": "direct_backprop"}),
         (24, {"objective": "adjoint_matching", "num_regression_steps": 23}),
         (24, {"objective": "adjoint_matching", "num_regression_steps": 5, "coarse_adjoint": True}),
-        pytest.param(50, {"objective": "policy_gradient"}, marks=LONG),  # at 24 steps it needs more updates for the variance
-        pytest.param(50, {"objective": "direct_backprop"}, marks=LONG),
-        pytest.param(50, {"objective": "adjoint_matching", "num_regression_steps": 49}, marks=LONG),
-        pytest.param(50, {"objective": "adjoint_matching", "num_regression_steps": 10, "coarse_adjoint": True}, marks=LONG),
+        # at 24 steps it would need more updates for the variance
+        pytest.param(50, {"objective": "policy_gradient"}, marks=pytest.mark.slow),
+        pytest.param(50, {"objective": "direct_backprop"}, marks=pytest.mark.slow),
+        pytest.param(50, {"objective": "adjoint_matching", "num_regression_steps": 49}, marks=pytest.mark.slow),
+        pytest.param(
+            50, {"objective": "adjoint_matching", "num_regression_steps": 10, "coarse_adjoint": True}, marks=pytest.mark.slow
+        ),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
 )

@@ -133,6 +133,9 @@ def make_trainer(base: str, classifier: Classifier, config: CTRLConfig) -> CTRLT
     """A fresh policy on the base and its trainer, for the digits' ten prompts."""
     pipe = open_pipe(base)
     set_seed(config.seed)
+    conditions = record_conditions(
+        pipe, PROMPTS, num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale
+    )
     policy = Policy(
         pipe.unet,
         label_space=classifier.label_space,
@@ -140,9 +143,8 @@ def make_trainer(base: str, classifier: Classifier, config: CTRLConfig) -> CTRLT
         lora_targets=config.lora_targets,
         gamma_range=None if config.gamma_range is None else tuple(config.gamma_range),
         guidance_scale=config.guidance_scale,
-    )
-    conditions = record_conditions(
-        pipe, PROMPTS, num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale
+        control_head=config.control_head,
+        shape=conditions.shape,
     )
     return CTRLTrainer(
         policy,
@@ -193,7 +195,7 @@ def price_of(trainer: CTRLTrainer, coarse: bool) -> Price:
 
     Both slow down together where a core is shared, by up to three times here; their ratio is what a quiet core would show.
     """
-    config, (peaks, trainer.peaks) = trainer.config, (trainer.peaks, [0.0, 0.0])
+    config, (peaks, trainer.peaks) = trainer.config, (trainer.peaks, [0.0] * len(trainer.peaks))
 
     def seconds_of_an_update(on_coarse: bool) -> float:
         config.coarse_updates = PRICED if on_coarse else 0

@@ -34,13 +34,14 @@ class Trained:
 class Setting:
     """One seed of one table's row of labels.
 
-    ours: the adapter whose classifier all are given. longer: opens the same trained longer, where the table has one. labels: (M, A).
+    ours: the adapter whose classifier all are given. variant: opens one of the same classifier that was trained otherwise, by its name under
+    `variants` of experiments/peers.yaml. labels: (M, A).
     data: the labelled images, which the trained baselines learn from. reference: the exact law at gamma = 1. smoke: everything at toy size.
     """
 
     base: Base
     ours: Trained
-    longer: Callable[[], Trained]
+    variant: Callable[[str], Trained]
     labels: torch.Tensor
     data: Labelled
     reference: Reference
@@ -73,15 +74,15 @@ class Setting:
 class Method:
     """weights: what is tried. fit: what is made once, before any weight is known. draw: (setting, what was made, weight) -> how to draw.
 
-    priced: whether its steps go through `Base.price`, so that the KL of its paths to the base's is known. longer: only for settings that
-    have an adapter trained longer.
+    priced: whether its steps go through `Base.price`, so that the KL of its paths to the base's is known. variant: the adapter's,
+    where it is not the recipe's: only for settings that have it.
     """
 
     weights: tuple[float, ...]
     draw: Callable[[Setting, Any, float], Draw]
     fit: Callable[[Setting], Any] = lambda s: None
     priced: bool = False
-    longer: bool = False
+    variant: str | None = None
 
 
 def training_free(module: Any) -> Callable[[Setting, Any, float], Draw]:
@@ -160,7 +161,8 @@ METHODS = {
     "exact draws": Method((1,), exact),
     "CTRL": Method((1, 1.6, 2.5, 4), ours(1), lambda s: s.ours, priced=True),
     "CTRL, 8 particles": Method((1, 2.5, 4), ours(8), lambda s: s.ours),
-    "CTRL, trained longer": Method((1, 2, 4, 8), ours(1), lambda s: s.longer(), priced=True, longer=True),
+    "CTRL, trained longer": Method((1, 2, 4, 8), ours(1), lambda s: s.variant("longer"), priced=True, variant="longer"),
+    "CTRL, control head": Method((1, 2, 4, 8), ours(1), lambda s: s.variant("head"), priced=True, variant="head"),
     "CFG fine-tuning": Method((1, 2, 3, 5), with_cfg, fit_cfg),
     "DPS": Method((0.25, 0.5, 1, 2, 4), training_free(dps), priced=True),
     "MPGD": Method((0.05, 0.1, 0.2, 0.4, 0.8, 1.6), training_free(mpgd)),

@@ -6,8 +6,8 @@ A setting of experiments/peers.yaml and a seed are an adapter, which is trained 
 is everybody's p̂(y | x), its labelled images are what the trained baselines learn from. Every method's one number is tuned on `--validation` images
 a label, the same for all, twice: for the distance to the exact law (total variation), and for accuracy by the *classifier*, which is all that a
 user could do. The oracles judge only the finished table. One JSON a method in results/peers/SETTING-seedSEED/; what is there is not run again,
-unless peer_methods.py now has other weights for it to try. `CTRL, trained longer` has an adapter of its own, of the same classifier, in
-runs/peers/SETTING-SEED-longer, for the settings under `longer` in that file. `exact draws` are base samples, resampled by p̂ as the exact law has it.
+unless peer_methods.py now has other weights for it to try. `CTRL, trained longer` and `CTRL, control head` have adapters of their own, of the
+same classifier, in runs/peers/SETTING-SEED-longer and -head, for the settings under `variants` in that file. `exact draws` are base samples, resampled by p̂ as the exact law has it.
 
 Columns: accuracy, macro-F1, worst label; prompt accuracy; distances of exact_reference.py, for exact draws also from set to set; KL of the paths to the base's and
 the gap to the exact law at gamma = 1 that it bounds, where the method's steps are Gaussian ones; diversity: mean distance of two pictures of the same
@@ -54,17 +54,19 @@ EXPERIMENT = Path(__file__).resolve().parent / "experiments" / "peers.yaml"
 BATCH, PRICED = 120, 100
 TOY = {"max_updates": 2, "coarse_updates": 1, "coarse_steps": 4, "num_inference_steps": 4, "batch_size": 9, "num_labels": 90}
 TOY |= {"eval_samples": 10, "base_samples": 90, "classifier_epochs": 1, "classifier_members": 2}
+TOY_HEAD = {"critic_trajectories": 90, "critic_updates": 2}
 
 
 def read_experiment() -> dict[str, Any]:
     return yaml.safe_load(EXPERIMENT.read_text())
 
 
-def arguments_of(name: str, seed: int, folder: Path, smoke: bool, longer: bool = False) -> list[str]:
-    """The command line of a setting's training."""
+def arguments_of(name: str, seed: int, folder: Path, smoke: bool, variant: str | None = None) -> list[str]:
+    """The command line of a setting's training, or of a variant of it."""
     spec = read_experiment()
-    settings = {**spec["common"], **spec["settings"][name], **(spec["longer"][name] if longer else {})}
+    settings = {**spec["common"], **spec["settings"][name], **(spec["variants"][variant][name] if variant else {})}
     settings |= {**(TOY if smoke else {}), "seed": seed, "output_dir": folder}
+    settings |= {key: value for key, value in TOY_HEAD.items() if smoke and key in settings}
     found = ["--config", str(ROOT / settings.pop("config"))]
     for key, value in settings.items():
         found += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
@@ -98,16 +100,16 @@ def open_setting(name: str, seed: int, runs: Path, base_samples: int, smoke: boo
     cache = runs / f"base-samples-{base_samples}.pt"
     reference = make_reference(base, ours.adapter.classifier, rows, 1.0, list(space.attributes), base_samples, cache)
 
-    def longer() -> Trained:
-        found = trained(arguments_of(name, seed, folder.with_name(f"{folder.name}-longer"), smoke, longer=True))
+    def variant(kind: str) -> Trained:
+        found = trained(arguments_of(name, seed, folder.with_name(f"{folder.name}-{kind}"), smoke, kind))
         seen, (one, other) = images[:100], (each.adapter.classifier for each in (ours, found))
         if not torch.allclose(of_each(seen, rows, one), of_each(seen, rows, other), atol=1e-3):
             raise SystemExit(
-                f"The adapters in {folder} and {folder}-longer have other classifiers: delete one, to train it again here."
+                f"The adapters in {folder} and {folder}-{kind} have other classifiers: delete one, to train it again here."
             )
         return found
 
-    return Setting(base, ours, longer, rows, data, reference, task, seed, smoke)
+    return Setting(base, ours, variant, rows, data, reference, task, seed, smoke)
 
 
 def draw_all(s: Setting, draw: Draw, per_label: int, seed: int) -> list[torch.Tensor]:
@@ -250,7 +252,8 @@ def main(arguments: list[str] | None = None) -> None:
         args.only.remove("TDS")
     for name, seed in [(name, seed) for seed in args.seeds for name in args.settings]:
         folder = args.results / f"{name}-seed{seed}"
-        methods = [method for method in args.only if name in spec["longer"] or not METHODS[method].longer]
+        kinds = {method: METHODS[method].variant for method in args.only}
+        methods = [method for method, kind in kinds.items() if kind is None or name in spec["variants"][kind]]
         paths = {method: folder / f"{method.replace(',', '').replace(' ', '-')}.json" for method in methods}
         missing = {
             method: path for method, path in paths.items() if not (path.exists() and (args.smoke or has_tried(path, method)))

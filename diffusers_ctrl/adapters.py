@@ -249,6 +249,8 @@ def _write(folder: Path, adapter: Adapter, dtype: torch.dtype | None) -> None:
         if model is not None:
             config = json.loads(model.to_json_string())
             config.pop("_name_or_path", None)  # where it was read from: a folder of this machine, and nobody's business
+            if config.get("head", 0) is None:
+                del config["head"]  # without a head the file is what it was before there were any, and older versions read it
             (folder / name).mkdir()
             (folder / name / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
             save_file(stored(model.state_dict()), folder / name / WEIGHTS_NAME, metadata={"format": "pt"})

@@ -43,6 +43,15 @@ class CTRLConfig:
     lora_rank: int = option(16, "Rank of LoRA on each target.")
     lora_targets: list[str] = option(["to_q", "to_k", "to_v", "to_out.0"], "Suffixes of the module names that get LoRA.")
     injection_site: str | None = option(None, "Module path of the time embedding, where it is not found by itself.")
+    control_head: int = option(
+        0,
+        "Width of a control head, a small network beside the denoiser that learns what LoRA learns slowly; 0 for none. 512 is tried. For images "
+        "only; the adapter then works in pipelines of this package, and cannot be exported as a plain LoRA.",
+    )
+    critic_trajectories: int = option(
+        0, "Warm start of the control head: so many base samples, from which a critic of noisy states is fitted; 0 for none."
+    )
+    critic_updates: int = option(1500, "critic_trajectories: updates of the critic, and as many of the head.")
     objective: str = option("adjoint_matching", f"One of {sorted(OBJECTIVES)}.")
     truncation: int | None = option(None, "direct_backprop: differentiate the last so many steps only (biased).")
     num_kl_steps: int | None = option(
@@ -100,6 +109,7 @@ class CTRLConfig:
     max_updates: int = option(300, "Optimizer updates.")
     learning_rate: float = option(1e-3, "AdamW learning rate of LoRA, at its peak.")
     label_learning_rate: float = option(1e-2, "AdamW learning rate of the label encoder, at its peak.")
+    head_learning_rate: float = option(5e-4, "AdamW learning rate of the control head, at its peak.")
     lr_warmup: int = option(5, "Updates of linear warm-up.")
     lr_final: float = option(0.02, "Learning rate at the end of the cosine, as a fraction of the peak.")
     adam_beta2: float = option(0.99, "AdamW's second-moment decay.")
@@ -161,6 +171,7 @@ class CTRLConfig:
             "max_updates",
             "num_inference_steps",
             "lora_rank",
+            "critic_updates",
             "label_bins",
             "num_regression_steps",
             "adjoint_passes",
@@ -175,6 +186,11 @@ class CTRLConfig:
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("control_head", "critic_trajectories"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}.")
+        if self.critic_trajectories and not self.control_head:
+            raise ValueError(f"critic_trajectories = {self.critic_trajectories} needs a control_head to warm: give its width, 512.")
         if self.kl_limit is not None and not (self.kl_limit > 0 and self.eval_every):
             raise ValueError(
                 f"kl_limit must be positive and needs eval_every, since measurements find it; got {self.kl_limit} with eval_every = {self.eval_every}."
@@ -225,7 +241,7 @@ class CTRLConfig:
 
 
 # what a resumed run must have in common with its checkpoint: its weights would not mean the same
-LAW = ("seed", "num_inference_steps", "eta", "guidance_scale", "gamma", "gamma_range", "lora_rank", "lora_targets")
+LAW = ("seed", "num_inference_steps", "eta", "guidance_scale", "gamma", "gamma_range", "lora_rank", "lora_targets", "control_head")
 # what changes neither the law nor the way to it. Labels and site are compared as they were found, batches by their size over all processes
 FREE = (
     "output_dir",

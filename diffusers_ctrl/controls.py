@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .calls import CallWatch
+from .heads import ControlHead
 from .injection import (
     LabelInput,
     add_label_hook,
@@ -23,6 +24,7 @@ from .injection import (
     merged_weights,
     remove_label_hook,
     remove_lora,
+    state_of,
     weights_replaced,
 )
 from .replay import first, with_first
@@ -77,7 +79,7 @@ class StrengthHook(ModelHook):
     def new_forward(self, module: nn.Module, *args, **kwargs):
         if not self.active:
             return self._base(*args, **kwargs)
-        sample = _state(args, kwargs)
+        sample = state_of(args, kwargs)
         given = self.watch.begin_call(len(sample))
         active = () if self.watch.is_deterministic() else self.active
         found = self._mixed(active, given, *args, **kwargs)
@@ -115,15 +117,18 @@ class StrengthHook(ModelHook):
 
     def _tuned(self, one: Active, given: tuple[bool, ...], *args, **kwargs):
         label, name = one.control.label, one.control.name
-        weights = self._weights(name, _state(args, kwargs).device)
+        weights = self._weights(name, state_of(args, kwargs).device)
         if any(given):
             label.embedding, label.guided = one.embedding, given
         try:
             # merged, a tuned call costs what the base's does; a small model would spend a quarter more on LoRA's products
             with weights_replaced(weights or {}), lora_chosen(self.layers, self.controls, None if weights else name):
-                return self.fn_ref.original_forward(*args, **kwargs)
+                found = self.fn_ref.original_forward(*args, **kwargs)
+            output = first(found)
+            corrected = label.corrected(state_of(args, kwargs), output)
+            return found if corrected is output else with_first(found, corrected)
         finally:
-            label.embedding = None
+            label.embedding = label.time = None
 
     def _weights(self, name: str, device: torch.device) -> dict[nn.Module, torch.Tensor] | None:
         """`merged_weights` of an adapter, computed once a pipeline's call; None where gradients are wanted of LoRA's own."""
@@ -146,11 +151,6 @@ class StrengthHook(ModelHook):
             raise ValueError(f"num_particles cannot yet be combined with {what}.")
 
 
-def _state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """The first tensor of a denoiser's arguments: the states, (B, *)."""
-    return next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-
-
 def _is(strength: float | torch.Tensor, value: float) -> bool:
     return not isinstance(strength, torch.Tensor) and strength == value
 
@@ -160,8 +160,15 @@ def control_hook(denoiser: nn.Module) -> StrengthHook | None:
     return HookRegistry.check_if_exists_or_initialize(denoiser).get_hook(STRENGTH_HOOK_NAME)
 
 
-def add_control(denoiser: nn.Module, name: str, injection_site: str, lora: dict[str, torch.Tensor], adapter: Any = None) -> Control:
-    """Puts an adapter's LoRA and label hooks into the denoiser, not trainable, at rest.
+def add_control(
+    denoiser: nn.Module,
+    name: str,
+    injection_site: str,
+    lora: dict[str, torch.Tensor],
+    adapter: Any = None,
+    head: ControlHead | None = None,
+) -> Control:
+    """Puts an adapter's LoRA, label hooks and control head into the denoiser, not trainable, at rest.
 
     Raises:
         ValueError: if they do not fit; the denoiser is then as it was.
@@ -173,7 +180,7 @@ def add_control(denoiser: nn.Module, name: str, injection_site: str, lora: dict[
     try:
         load_lora_state_dict(denoiser, lora, name)
         try:
-            label = add_label_hook(denoiser, injection_site, name)
+            label = add_label_hook(denoiser, injection_site, name, head)
         except ValueError:
             remove_lora(denoiser, name)
             raise

@@ -32,10 +32,20 @@ NAMINGS = ("kohya", "diffusers")
 OTHER_TIMES = 400  # timesteps between the sampler's own at which a label in a LoRA file is to be nearly constant
 
 
+def check_exportable(adapter: Adapter) -> None:
+    """Raises ValueError for an adapter that a plain pipeline or LoRA file has no place for."""
+    if adapter.label_encoder.control_head is not None:
+        raise ValueError(
+            "This adapter has a control head, which neither a plain pipeline nor a LoRA file has a place for: use it in a CTRLPipeline, or train "
+            "one with control_head: 0."
+        )
+
+
 def _label_shift(
     pipe: DiffusionPipeline, adapter: Adapter, label: Label, gamma: float | None, label_scale: float
 ) -> tuple[torch.Tensor, dict[str, nn.Linear]]:
     """The label's embedding (D,), times `label_scale`, and the linear layers, by path, to whose outputs it is to be added."""
+    check_exportable(adapter)
     name, denoiser = denoiser_of(pipe)
     check_base(adapter.config, type(pipe).__name__, name, denoiser)
     if gamma is not None and adapter.config.gamma_range is None and gamma != adapter.config.gamma:
@@ -292,6 +302,7 @@ def export_lora(
     """
     if label is None:
         read = _read(adapter, subfolder, kwargs)
+        check_exportable(read)
         return write_lora(file, read.lora, read.config.denoiser, naming)
     pipe, read = _plain_base(adapter, subfolder, kwargs)
     lora, errors = label_lora(pipe, read, label, gamma, label_scale, call)

@@ -1,4 +1,4 @@
-"""Where the label enters a denoiser: LoRA on its layers, and one hook that adds the label embedding to its time embedding.
+"""Where the label enters a denoiser: LoRA on its layers, one hook that adds the label embedding to its time embedding, and a control head.
 
 Both go in and come out of any diffusers denoiser (U-Net or transformer) without touching its class or its state-dict keys.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
@@ -16,6 +17,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
+
+from .heads import ControlHead
 
 
 SITE_NAMES = ("time_embedding", "timestep_embedder", "time_embedder")
@@ -83,24 +86,39 @@ def site_width(site: nn.Module) -> int:
 
 
 class LabelInput:
-    """What the label hooks of one adapter add in the denoiser's current call.
+    """What one adapter adds in the denoiser's current call.
 
-    embedding: (n, D), one row a sample, or None for nothing. guided: a batch of len(guided)·n rows is a guidance batch; its parts
-    get the label (True) or none (False).
+    embedding: (n, D), one row a sample, or None for nothing; with a head longer, the end being the head's. guided: a batch of len(guided)·n rows
+    is a guidance batch; its parts get the label (True) or none (False). head: the adapter's control head. time: the denoiser's own time
+    embedding in this call, (B or 1, D), without the label.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, head: ControlHead | None = None) -> None:
+        self.head = head
         self.embedding: torch.Tensor | None = None
         self.guided: tuple[bool, ...] = (False, True)
+        self.time: torch.Tensor | None = None
 
     def rows(self, output: torch.Tensor) -> torch.Tensor:
-        """The embedding for an output (B, D), in its dtype and on its device."""
+        """The embedding for an output (B, *), in its dtype and on its device."""
         embedding = self.embedding.to(output)
         if len(output) == len(embedding):
             return embedding
         if len(output) != len(self.guided) * len(embedding):
             raise ValueError(f"Got {len(embedding)} labels for a denoiser batch of {len(output)}: one a sample is needed.")
         return torch.cat([embedding if given else torch.zeros_like(embedding) for given in self.guided])
+
+    def corrected(self, sample: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """The denoiser's output at these states, (B, *), with what the control head adds."""
+        if self.head is None or self.embedding is None:
+            return output
+        self.head.to(output.device)
+        return self.head(sample, output, self.time.expand(len(output), -1), self.rows(output)[:, self.time.shape[1] :])
+
+
+def state_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The first tensor of a denoiser's arguments: the states, (B, *)."""
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
 
 
 class LabelHook(ModelHook):
@@ -111,18 +129,24 @@ class LabelHook(ModelHook):
         self.label = label
 
     def post_forward(self, module: nn.Module, output: torch.Tensor) -> torch.Tensor:
+        self.label.time = output
         if self.label.embedding is None:
             return output
         if not isinstance(output, torch.Tensor) or output.ndim != 2:
             shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
             raise ValueError(f"The injection site {type(module).__name__} gives {shape}; a tensor (batch, width) is needed.")
-        return output + self.label.rows(output)
+        return output + self.label.rows(output)[:, : output.shape[1]]
 
 
-def add_label_hook(denoiser: nn.Module, injection_site: str | None = None, adapter_name: str = "default") -> LabelInput:
-    """Registers a hook on each of the denoiser's time embeddings; with no embedding set they change nothing."""
+def add_label_hook(
+    denoiser: nn.Module, injection_site: str | None = None, adapter_name: str = "default", head: ControlHead | None = None
+) -> LabelInput:
+    """Registers a hook on each of the denoiser's time embeddings; with no embedding set they change nothing.
+
+    head: the adapter's control head, for `LabelInput.corrected`, which whoever calls the denoiser applies.
+    """
     _, sites = find_injection_sites(denoiser, injection_site)
-    label, name = LabelInput(), f"{HOOK_NAME}.{adapter_name}"
+    label, name = LabelInput(head), f"{HOOK_NAME}.{adapter_name}"
     registries = [HookRegistry.check_if_exists_or_initialize(site) for site in sites]
     if any(registry.get_hook(name) is not None for registry in registries):
         raise ValueError(f"This denoiser already carries a label adapter named {adapter_name!r}: unload it first.")

@@ -1,4 +1,5 @@
-"""Labels -> an embedding that is added to the denoiser's time embedding. Exactly zero at the start, and always for "no label"."""
+"""Labels -> an embedding that is added to the denoiser's time embedding, and one for the control head. Exactly zero at the start, and always
+for "no label"."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from .heads import LABEL_WIDTH, ControlHead
 from .labels import Categorical, LabelSpace
 
 
@@ -23,27 +25,37 @@ class LabelEncoder(ModelMixin, ConfigMixin):
         label_space: `LabelSpace.to_dict()` (kept in config.json).
         embedding_dim: width of the time embedding it is added to.
         gamma_range: (low, high) of the gamma it is trained for, or None if gamma is fixed.
+        head: {"grid": [C, h, w], "width"} of a control head (heads.py), or None for none. The embedding is then LABEL_WIDTH longer: that end
+            of it is the head's.
     """
 
     CONTINUOUS_DEGREE = 3
 
     @register_to_config
-    def __init__(self, label_space: dict[str, Any], embedding_dim: int, gamma_range: tuple[float, float] | None = None) -> None:
+    def __init__(
+        self,
+        label_space: dict[str, Any],
+        embedding_dim: int,
+        gamma_range: tuple[float, float] | None = None,
+        head: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.label_space = LabelSpace.from_dict(label_space)
         if gamma_range is not None and not 0 < gamma_range[0] < gamma_range[1]:
             raise ValueError(f"gamma_range must be 0 < low < high, got {tuple(gamma_range)}.")
         self.gamma_terms = 1 if gamma_range is None else 3
+        self.width = embedding_dim + (0 if head is None else LABEL_WIDTH)
         self.tables = nn.ParameterList()
         for attribute in self.label_space.attributes.values():
             rows = len(attribute.names) if isinstance(attribute, Categorical) else self.CONTINUOUS_DEGREE + 1
-            self.tables.append(nn.Parameter(torch.zeros(rows, self.gamma_terms * embedding_dim)))
+            self.tables.append(nn.Parameter(torch.zeros(rows, self.gamma_terms * self.width)))
+        self.control_head = None if head is None else ControlHead(tuple(head["grid"]), head["width"], embedding_dim)
 
     def forward(self, labels: torch.Tensor, gamma: torch.Tensor | float | None = None) -> torch.Tensor:
-        """(B, A) labels, NaN where not given, and (B,) gamma -> (B, embedding_dim)."""
+        """(B, A) labels, NaN where not given, and (B,) gamma -> (B, embedding_dim), LABEL_WIDTH longer with a head."""
         dtype, device = self.tables[0].dtype, self.tables[0].device
         labels = labels.to(device)
-        total = torch.zeros(len(labels), self.gamma_terms * self.config.embedding_dim, dtype=dtype, device=device)
+        total = torch.zeros(len(labels), self.gamma_terms * self.width, dtype=dtype, device=device)
         for column, (attribute, table) in enumerate(zip(self.label_space.attributes.values(), self.tables, strict=True)):
             given = ~labels[:, column].isnan()
             if isinstance(attribute, Categorical):
@@ -58,7 +70,7 @@ class LabelEncoder(ModelMixin, ConfigMixin):
         if self.gamma_terms == 1:
             return total
         powers = self._log_gamma(gamma, len(labels)) ** torch.arange(3, dtype=dtype, device=device)
-        return torch.einsum("bj,bjd->bd", powers, total.unflatten(1, (3, self.config.embedding_dim)))
+        return torch.einsum("bj,bjd->bd", powers, total.unflatten(1, (3, self.width)))
 
     def _log_gamma(self, gamma: torch.Tensor | float | None, batch_size: int) -> torch.Tensor:
         """(B, 1) log gamma, scaled so that the trained range is [-1, 1]; gamma = 1 where it is not given."""

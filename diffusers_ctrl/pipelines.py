@@ -39,7 +39,7 @@ from .calls import Roles
 from .cards import save_card
 from .classifiers import Classifier
 from .controls import Control, StrengthHook, add_control, control_hook, remove_control
-from .export import bake_label, label_lora, write_lora
+from .export import bake_label, check_exportable, label_lora, write_lora
 from .hub import advice, explained
 from .injection import find_injection_site, site_width
 from .labels import Label, LabelSpace
@@ -195,7 +195,7 @@ class CTRLPipeline(DiffusionPipeline):
             raise ValueError(
                 f"The adapter's label encoder has embedding_dim {adapter.label_encoder.config.embedding_dim}, but {site} is {width} wide."
             )
-        add_control(denoiser, adapter_name, site, adapter.lora, replace(adapter, lora={}))
+        add_control(denoiser, adapter_name, site, adapter.lora, replace(adapter, lora={}), adapter.label_encoder.control_head)
 
     def unload_ctrl_adapter(self, adapter_name: str | None = None) -> None:
         """Takes one adapter out, or all of them; without any, the denoiser is the base again, bit for bit.
@@ -279,6 +279,7 @@ class CTRLPipeline(DiffusionPipeline):
         """
         adapter = self._collect(adapter_name)
         if label is None:
+            check_exportable(adapter)
             return write_lora(file, adapter.lora, adapter.config.denoiser, naming)
         with self._without_adapters():
             plain = self._ctrl_base.from_pipe(self, dtype=self.denoiser.dtype)

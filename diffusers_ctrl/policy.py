@@ -12,10 +12,24 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from .conditions import Condition
-from .injection import DEFAULT_TARGETS, add_label_hook, add_lora, find_injection_site, lora_disabled, lora_layers, site_width
+from .heads import coarse_grid
+from .injection import (
+    DEFAULT_TARGETS,
+    add_label_hook,
+    add_lora,
+    find_injection_site,
+    lora_disabled,
+    lora_layers,
+    site_width,
+    state_of,
+)
 from .label_encoder import LabelEncoder
 from .labels import LabelSpace
 from .replay import first
+
+
+# what a denoiser answered in one call, and its time embedding (1 or rows, D)
+Answer = tuple[torch.Tensor, torch.Tensor]
 
 
 class Policy(nn.Module):
@@ -34,6 +48,7 @@ class Policy(nn.Module):
         checkpointing: recompute each denoiser call during backward instead of keeping its activations, where a gradient flows. A whole
             call is recomputed. The denoiser's own `enable_gradient_checkpointing()` works too, beside this or alone: its blocks are
             then recomputed with the label and the LoRA as they were.
+        control_head: width of a control head (heads.py), 0 for none; where the label encoder is not given. It needs shape: (C, H, W) of a state.
     """
 
     def __init__(
@@ -48,23 +63,28 @@ class Policy(nn.Module):
         gamma_range: tuple[float, float] | None = None,
         guidance_scale: float = 1.0,
         checkpointing: bool = False,
+        control_head: int = 0,
+        shape: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
         self.injection_site, site = find_injection_site(denoiser, injection_site)
         if label_encoder is None:
             if label_space is None:
                 raise ValueError("Policy needs a label_encoder, or a label_space to build one from.")
-            label_encoder = LabelEncoder(label_space.to_dict(), site_width(site), gamma_range)
+            head = {"grid": list(coarse_grid(shape or ())), "width": control_head} if control_head else None
+            label_encoder = LabelEncoder(label_space.to_dict(), site_width(site), gamma_range, head)
         if lora_rank is not None:
             add_lora(denoiser, lora_rank, lora_targets)
         self.denoiser = denoiser
         self.label_encoder = label_encoder
         self.guidance_scale = guidance_scale
         self.checkpointing = checkpointing
-        self._hook = add_label_hook(denoiser, injection_site)
+        self._hook = add_label_hook(denoiser, injection_site, head=label_encoder.control_head)
         self._lora_layers = lora_layers(denoiser)
         self._lora = list(self._lora_layers.values())
         self._merged: dict[str, torch.Tensor] | None = None
+        self._noted: list[Answer] | None = None
+        self._known: Iterator[Answer] | None = None
 
     @property
     def label_space(self) -> LabelSpace:
@@ -207,20 +227,44 @@ class Policy(nn.Module):
 
     def _denoise(self, args, kwargs, embedding, weights) -> torch.Tensor:
         """One call of the denoiser, with a row of `embedding` (rows, D) for each row of its batch."""
-        self._hook.embedding = embedding
+        hook = self._hook
+        hook.embedding = embedding
         try:
-            if weights is None:
-                return first(self.denoiser(*args, **kwargs))
-            return first(functional_call(self.denoiser, weights, args, kwargs))
+            if self._known is not None:
+                output, hook.time = next(self._known)
+            elif weights is None:
+                output = first(self.denoiser(*args, **kwargs))
+            else:
+                output = first(functional_call(self.denoiser, weights, args, kwargs))
+            if self._noted is not None:
+                self._noted.append((output.detach(), hook.time.detach()))
+            return hook.corrected(state_of(args, kwargs), output)
         finally:
-            self._hook.embedding = None
+            hook.embedding = hook.time = None
+
+    @contextmanager
+    def noted(self) -> Iterator[list[Answer]]:
+        """Within the block the list gets what the denoiser itself answers, call by call, without a graph."""
+        self._noted = []
+        try:
+            yield self._noted
+        finally:
+            self._noted = None
+
+    @contextmanager
+    def known(self, answers: list[Answer]) -> Iterator[None]:
+        """Within the block the denoiser is not called: these are its answers. For learning the control head alone, which sees nothing else of it."""
+        self._known = iter(answers)
+        try:
+            yield
+        finally:
+            self._known = None
 
     def trainable_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """{"lora": [...], "label_encoder": [...]}: the two groups that training moves."""
-        return {
-            "lora": [p for p in self.denoiser.parameters() if p.requires_grad],
-            "label_encoder": list(self.label_encoder.parameters()),
-        }
+        """{"lora": [...], "label_encoder": [...]}, and {"control_head": [...]} where there is one: the groups that training moves."""
+        encoder = self.label_encoder
+        groups = {"lora": [p for p in self.denoiser.parameters() if p.requires_grad], "label_encoder": list(encoder.tables)}
+        return groups if encoder.control_head is None else groups | {"control_head": list(encoder.control_head.parameters())}
 
     def roots(self) -> list[torch.Tensor]:
         """Where the graph of a tuned call ends: the trainable parameters; within `merged` the merged weights in place of the LoRA's."""

@@ -37,6 +37,7 @@ from .checkpoints import (
 )
 from .conditions import Condition
 from .config import FREE, LAW, CTRLConfig, make_sampler
+from .critics import check_critic, warm_start
 from .evaluation import gamma_grid
 from .experience import Baseline, Experience, LogLikelihood, NonFiniteError, checked, collect, less_baseline
 from .labels import label_grid
@@ -144,20 +145,29 @@ class CTRLTrainer:
                 fewer = config.regression_steps(len(sampler.noisy_steps)) < len(sampler.noisy_steps)
                 if fewer and config.coarse_adjoint:
                     _ = sampler.held_weights  # raises here, not at the first update, where the scheduler does not say them
+        if config.critic_trajectories:
+            check_critic(self.environment, policy)  # raises here, not after the base samples
+            if config.shard_base and processes.count() > 1:
+                raise ValueError("critic_trajectories cannot be had with shard_base: the main process alone calls the base then.")
         self.log_partition = log_partition
         self.save_images = save_images
         groups = policy.trainable_parameters()
         # LoRA and the label encoder train in float32 whatever the base is stored in
-        for parameter in (*groups["lora"], *groups["label_encoder"]):
-            parameter.data = parameter.data.float()
         trained = [parameter for group in groups.values() for parameter in group]
+        for parameter in trained:
+            parameter.data = parameter.data.float()
         processes.broadcast(parameter.data for parameter in trained)
         self._identity = json.loads(json.dumps({**(identity or {}), **self._law(scheduler)}, default=str))
         if config.shard_base and processes.count() > 1:
             processes.shard(policy.denoiser, trained)
-        self.peaks = [config.learning_rate, config.label_learning_rate]
+        rates = {
+            "lora": config.learning_rate,
+            "label_encoder": config.label_learning_rate,
+            "control_head": config.head_learning_rate,
+        }
+        self.peaks = [rates[name] for name in groups]
         optimizer = torch.optim.AdamW(
-            [{"params": groups["lora"], "lr": self.peaks[0]}, {"params": groups["label_encoder"], "lr": self.peaks[1]}],
+            [{"params": group, "lr": peak} for group, peak in zip(groups.values(), self.peaks, strict=True)],
             betas=(0.9, config.adam_beta2),
             weight_decay=config.weight_decay,
         )
@@ -200,6 +210,8 @@ class CTRLTrainer:
         watched = 0 < config.eval_every <= config.max_updates
         if watched and self.monitor.base is None and self.update < config.max_updates:
             self._measure(tuned=False)
+        if config.critic_trajectories and self.update == 0:
+            self._warm_start()
         with Preemption() as preemption, global_generators_kept(), bar:
             while self.update < config.max_updates and self.monitor.over_limit() is None:
                 started = time.perf_counter()
@@ -246,6 +258,23 @@ class CTRLTrainer:
         if config.report_to != "none":
             self.accelerator.end_training()
         return self.history
+
+    def _warm_start(self) -> None:
+        """The control head's, on the main process, for all."""
+        started = time.perf_counter()
+        with global_generators_kept():
+            seed_global_generators(7_000_003, self.config.seed)
+            processes.on_main(
+                lambda: warm_start(
+                    self.policy,
+                    self.environment,
+                    self.config.critic_trajectories,
+                    self.config.critic_updates,
+                    self.config.seed + 7_000_003,
+                )
+            )
+        processes.broadcast(parameter.data for parameter in self._named.values())
+        self.seconds += time.perf_counter() - started
 
     def _tell(self, sentence: str) -> None:
         if self.accelerator.is_main_process:

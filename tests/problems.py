@@ -138,8 +138,9 @@ def tiny_policy(
     perturb: float = 0.0,
     checkpointing: bool = False,
     gamma_range: tuple[float, float] | None = None,
+    control_head: int = 0,
 ) -> Policy:
-    """A U-Net of a few thousand weights in float64, of three labels; `perturb` moves LoRA and label encoder off zero."""
+    """A U-Net of a few thousand weights in float64, of three labels; `perturb` moves all that is trained."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=4,
@@ -161,6 +162,8 @@ def tiny_policy(
         guidance_scale=guidance_scale,
         checkpointing=checkpointing,
         gamma_range=gamma_range,
+        control_head=control_head,
+        shape=(2, 4, 4),
     ).double()
     perturbed(policy, perturb)
     return policy

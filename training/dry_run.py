@@ -76,6 +76,7 @@ def print_dry_run(trainer: CTRLTrainer, task: TaskConfig) -> dict[str, Any]:
     frozen = sum(p.numel() for p in policy.denoiser.parameters() if not p.requires_grad)
     kinds = {"seconds_per_coarse_update": 2, "seconds_per_update": 2} if config.coarse_updates else {"seconds_per_update": 2}
     trainer.config = replace(config, max_updates=sum(kinds.values()), coarse_updates=2 if config.coarse_updates else 0)
+    trainer.config.critic_trajectories = 0
     history = trainer.train()
     found: dict[str, Any] = {"parameters": parameters}
     for i, name in enumerate(kinds):
@@ -95,13 +96,15 @@ def print_dry_run(trainer: CTRLTrainer, task: TaskConfig) -> dict[str, Any]:
     }
     if not trainer.accelerator.is_main_process:
         return found
+    head = f", {parameters['control_head']:,} of the control head" if "control_head" in parameters else ""
+    warm = " and the warm start of the control head" if config.critic_trajectories else ""
     where = "allocated on the GPU" if device.type == "cuda" else "of the process"
     tqdm.write(f"""
-trainable      {parameters["lora"]:,} parameters of LoRA, {parameters["label_encoder"]:,} of the label encoder; {frozen:,} are frozen
+trainable      {parameters["lora"]:,} parameters of LoRA, {parameters["label_encoder"]:,} of the label encoder{head}; {frozen:,} are frozen
 an update      {trainer.batch_size} trajectories of {config.num_inference_steps} steps, {config.objective}, {len(trainer.environment.labels)} labels
 memory         {peak / 2**30:.2f} GiB {where} at most, {built / 2**30:.2f} GiB before the first update
 time           {found["seconds_per_update"]:.3g} s an update{f", {found['seconds_per_coarse_update']:.3g} s a coarse one" if config.coarse_updates else ""}
 the run        about {spell_seconds(found["seconds_train"])} for {config.max_updates} updates, and {spell_seconds(found["seconds_samples"])} for base samples
-               and evaluation; reading the labels and fitting the classifier come on top
+               and evaluation; reading the labels, fitting the classifier{warm} come on top
 Nothing was kept: run again without --dry_run.""")
     return found

@@ -104,6 +104,8 @@ def run(task: TaskConfig, config: CTRLConfig) -> dict[str, Any]:
         gamma_range=None if config.gamma_range is None else tuple(config.gamma_range),
         guidance_scale=config.guidance_scale,
         checkpointing=config.checkpointing,
+        control_head=config.control_head,
+        shape=conditions.shape,
     )
     if task.low_vram and getattr(denoiser, "_supports_gradient_checkpointing", False):
         denoiser.enable_gradient_checkpointing()
@@ -172,7 +174,7 @@ def run(task: TaskConfig, config: CTRLConfig) -> dict[str, Any]:
             metrics |= evaluate_gammas(
                 policy, environment, base, gammas, task.eval_samples, generator, names, scores=scores, **sizes, **judges
             )
-        if config.guidance_scale > 1 and main:
+        if config.guidance_scale > 1 and main and not config.control_head:
             scales, few = label_scales(config.guidance_scale), max(1, task.eval_samples // 5)
             metrics |= measure_baked(policy, environment, few, config.seed + 4_000_003, scales)
     rows = sample_rows(policy, environment, distributed=True)

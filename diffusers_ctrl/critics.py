@@ -1,0 +1,284 @@
+"""A warm start for the control head: what a label is worth at every noise level, learned from base samples, and its gradient as the control.
+
+The optimum of J (objectives.py) moves each step of the base by
+
+    u_k = sigma_k ∇log h_{k+1}(x),     h_k(x) = E_pre[p̂(y | x_K)^gamma | x_k = x],
+
+to first order in the step's size. h is the base's own, whatever the policy: a perceptron fitted to the states of base trajectories, whose ends' p̂ is
+known, finds it without any reinforcement learning (the minimizer of binary cross-entropy against p̂^gamma in [0, 1] is its expectation). The control head is
+then regressed on that control: a target without noise, where a trajectory's own adjoint is mostly noise, and without calls of the denoiser,
+whose answers are kept. What first order and the perceptron leave over is the objective's to learn: nothing here enters the certificate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm.auto import tqdm
+
+from .heads import coarse_grid, seen
+from .policy import Answer, Policy
+from .rollouts import Batch, Environment, base_transition, rollout, tuned_transition
+from .transitions import Transition, sum_but_first
+
+
+HIDDEN = 512
+TRAJECTORIES_AT_A_TIME, FIT_BATCH, ROWS_A_STEP, STEPS_AT_A_TIME = 250, 512, 100, 5
+FIT_RATE, HEAD_RATE, TABLE_RATE = 1e-3, 2e-3, 1e-2
+LOOKS = 20  # at the held-out loss, in a fit
+STEERED, KEPT = 0.6, 4_000  # share of the kept trajectories that the critic steers; how many are kept at most
+
+
+class Critic(nn.Module):
+    """logit h of each of `labels` labels at x_k, (B, labels). levels: K + 1. prompts: P. gamma_range: (low, high)."""
+
+    def __init__(
+        self, grid: tuple[int, int, int], levels: int, prompts: int, labels: int, gamma_range: tuple[float, float] | None = None
+    ) -> None:
+        super().__init__()
+        self.grid, self.gamma_range = grid, gamma_range
+        self.state, self.middle, self.last = (
+            nn.Linear(math.prod(grid), HIDDEN),
+            nn.Linear(HIDDEN, HIDDEN),
+            nn.Linear(HIDDEN, HIDDEN),
+        )
+        self.level, self.prompt = nn.Embedding(levels, 3 * HIDDEN), nn.Embedding(prompts, HIDDEN)
+        self.gamma = nn.Linear(2, HIDDEN, bias=False)
+        self.out = nn.Linear(HIDDEN, labels)
+        for embedding in (self.level, self.prompt):
+            nn.init.normal_(embedding.weight, std=0.3)
+
+    def forward(self, x: torch.Tensor, level: torch.Tensor, prompt: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+        """x (B, C, H, W), level (B,), prompt (B,), gamma (B,) -> (B, labels)."""
+        return self.of_seen(seen(x.float(), self.grid), level, prompt, gamma)
+
+    def of_seen(self, x: torch.Tensor, level: torch.Tensor, prompt: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+        """The same of x on the coarse grid, (B, C·h·w)."""
+        scale, shift, shift2 = self.level(level).chunk(3, dim=1)
+        shift = shift + self.prompt(prompt)
+        if self.gamma_range is not None:
+            low, high = (math.log(value) for value in self.gamma_range)
+            place = (2 * (gamma.float().log() - low) / (high - low) - 1).unsqueeze(1)
+            shift = shift + self.gamma(torch.cat([place, place.square()], dim=1))
+        hidden = F.silu(self.state(x) * (1 + scale) + shift)
+        hidden = hidden + F.silu(self.middle(hidden) + shift2)
+        hidden = hidden + F.silu(self.last(hidden))
+        return self.out(hidden)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Base trajectories: their states on the coarse grid (K + 1, n, C·h·w), prompt rows (n,), log p̂ of each label at their ends (n, M) nats."""
+
+    states: torch.Tensor
+    prompts: torch.Tensor
+    scores: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Visited:
+    """States x_k of one step to learn from: their batch, what the denoiser answered, the mean of the base's step, the control to learn."""
+
+    k: int
+    batch: Batch
+    x: torch.Tensor
+    answers: list[Answer]
+    mean: torch.Tensor
+    target: torch.Tensor
+
+
+def check_critic(environment: Environment, policy: Policy) -> None:
+    """Raises ValueError where a warm start cannot be had: no control head, no images, or numbers as labels."""
+    if policy.label_encoder.control_head is None:
+        raise ValueError("critic_trajectories is a warm start of the control head: give control_head too, its width (512).")
+    coarse_grid(environment.shape)
+    if environment.spread is not None:
+        raise ValueError("critic_trajectories needs labels that are classes, not numbers: leave it at 0.")
+
+
+def _parts(total: int, environment: Environment, generator: torch.Generator, description: str) -> Iterator[Batch]:
+    """`total` trajectories' starts, so many at a time that memory holds them."""
+    with tqdm(total=total, desc=description, unit="trajectory") as bar:
+        for start in range(0, total, TRAJECTORIES_AT_A_TIME):
+            batch = environment.draw(min(TRAJECTORIES_AT_A_TIME, total - start), generator)
+            yield batch
+            bar.update(len(batch))
+
+
+@torch.no_grad()
+def base_pool(policy: Policy, environment: Environment, count: int, generator: torch.Generator) -> Pool:
+    """`count` base trajectories, their ends scored for every label.
+
+    Raises:
+        ValueError: where log p̂ is not a log-probability.
+    """
+    parts, grid = [], coarse_grid(environment.shape)
+    for batch in _parts(count, environment, generator, "critic: base samples"):
+        states = rollout(policy, environment.sampler, batch, generator, tuned=False).states
+        prompts = torch.zeros_like(batch.label_rows) if batch.prompts is None else batch.prompts
+        scores = environment.log_likelihoods(states[-1]).float()
+        parts.append((torch.stack([seen(x.float(), grid) for x in states]), prompts.to(scores.device), scores))
+    states, *rows = zip(*parts, strict=True)
+    pool = Pool(torch.cat(states, dim=1), *(torch.cat(column) for column in rows))
+    if not pool.scores.isfinite().all() or pool.scores.max() > 1e-4:
+        raise ValueError(
+            f"critic_trajectories needs log-probabilities, finite and at most 0; the reward gave {pool.scores.max().item():.3g}."
+        )
+    return pool
+
+
+def _cosine(optimizer: torch.optim.Optimizer, updates: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """Ten updates of warm-up, then a cosine to a hundredth."""
+    rate = lambda u: min(1.0, (u + 1) / 10) * (0.01 + 0.495 * (1 + math.cos(math.pi * u / updates)))  # noqa: E731
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+
+
+def fit_critic(environment: Environment, pool: Pool, updates: int, generator: torch.Generator) -> tuple[Critic, float]:
+    """log h from the pool's states of all levels; for a range of gamma, each at a random gamma.
+
+    Returns:
+        The critic, with the weights that were best on the tenth of the trajectories that it was not fitted to; its binary cross-entropy there
+        (nats, mean over labels and levels).
+    """
+    levels, count, device = *pool.states.shape[:2], pool.states.device
+    critic = Critic(coarse_grid(environment.shape), levels, environment.num_prompts, pool.scores.shape[1], environment.gamma_range)
+    critic.to(device)
+    optimizer = torch.optim.AdamW(critic.parameters(), lr=FIT_RATE, weight_decay=1e-2)
+    schedule, order = _cosine(optimizer, updates), torch.randperm(count, generator=generator, device=device)
+    held, fitted = order[: count // 10], order[count // 10 :]
+
+    def loss_of(rows: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        gamma = _gammas(environment, len(rows), generator, device)
+        target = (gamma.unsqueeze(1) * pool.scores[rows]).exp().clamp(max=1)
+        return F.binary_cross_entropy_with_logits(
+            critic.of_seen(pool.states[level, rows], level, pool.prompts[rows], gamma), target
+        )
+
+    best, kept = math.inf, {}
+    for update in (bar := tqdm(range(1, updates + 1), desc="critic: fit", unit="update")):
+        rows = fitted[torch.randint(len(fitted), (FIT_BATCH,), generator=generator, device=device)]
+        loss = loss_of(rows, torch.randint(levels, (FIT_BATCH,), generator=generator, device=device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if update % max(1, updates // LOOKS) == 0:
+            with torch.no_grad():
+                found = sum(loss_of(held, torch.full_like(held, level)).item() for level in range(levels)) / levels
+            if found < best:
+                best, kept = found, {name: value.clone() for name, value in critic.state_dict().items()}
+            bar.set_postfix(fitted=f"{loss.item():.3f}", held_out=f"{found:.3f}", best=f"{best:.3f}", refresh=False)
+    critic.load_state_dict(kept)
+    return critic.eval().requires_grad_(False), best
+
+
+def _gammas(environment: Environment, count: int, generator: torch.Generator, device: torch.device) -> torch.Tensor:
+    if environment.gamma_range is None:
+        return torch.full((count,), float(environment.gamma), device=device)
+    low, high = environment.gamma_range
+    return low * (high / low) ** torch.rand(count, generator=generator, device=device)
+
+
+def critic_control(critic: Critic, base: Transition, k: int, batch: Batch) -> torch.Tensor:
+    """u_k = sigma_k ∇log h_{k+1} at the mean of the base's step, (B, C, H, W)."""
+    with torch.enable_grad():
+        mean = base.mean.detach().requires_grad_()
+        prompts = torch.zeros_like(batch.label_rows) if batch.prompts is None else batch.prompts
+        log_h = F.logsigmoid(critic(mean, torch.full_like(batch.label_rows, k + 1), prompts, batch.gamma))
+        (gradient,) = torch.autograd.grad(log_h.gather(1, batch.label_rows.unsqueeze(1)).sum(), mean)
+    return torch.as_tensor(base.std).to(gradient) * gradient
+
+
+@torch.no_grad()
+def visits(policy: Policy, environment: Environment, critic: Critic, count: int, generator: torch.Generator) -> list[Visited]:
+    """The states of `count` trajectories of the base, most of them steered by the critic, with what there is to learn at each."""
+    sampler, found = environment.sampler, []
+    for batch in _parts(count, environment, generator, "critic: states"):
+        x = batch.noise
+        draw = torch.rand(len(batch), generator=generator, device=x.device)
+        steered = (draw < STEERED).view(-1, *[1] * (x.ndim - 1))
+        for k in range(len(sampler.timesteps)):
+            with policy.noted() as answers:
+                base = base_transition(policy, sampler, batch, k, x)
+            if k not in sampler.noisy_steps:
+                x = base.mean
+                continue
+            target = critic_control(critic, base, k, batch)
+            found.append(Visited(k, batch, x, answers, base.mean, target))
+            noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+            x = base.mean + base.std * (torch.where(steered, target, 0.0) + noise)
+    return found
+
+
+def learn_control(
+    policy: Policy, environment: Environment, found: list[Visited], updates: int, generator: torch.Generator
+) -> float:
+    """Regresses the control head on the targets, Σ_k ½‖u_k − target‖² nats; LoRA and the label in the time embedding stay as they are.
+
+    Returns:
+        That loss, as it was at the end.
+    """
+    sampler = environment.sampler
+    groups = policy.trainable_parameters()
+    rates = {"control_head": HEAD_RATE, "label_encoder": TABLE_RATE}
+    optimizer = torch.optim.AdamW(
+        [{"params": groups[name], "lr": rate} for name, rate in rates.items()], betas=(0.9, 0.99), weight_decay=0.0
+    )
+    schedule, smooth = _cosine(optimizer, updates), None
+    scale = len(sampler.noisy_steps) / STEPS_AT_A_TIME
+    for _ in (bar := tqdm(range(updates), desc="critic: control head", unit="update")):
+        loss = torch.zeros((), device=found[0].x.device)
+        for place in torch.randint(
+            len(found), (STEPS_AT_A_TIME,), generator=torch.Generator().manual_seed(_seed(generator))
+        ).tolist():
+            one = found[place]
+            count = len(one.x)
+            rows = torch.randperm(count, generator=generator, device=one.x.device)[:ROWS_A_STEP]
+            with policy.known([_of_rows(answer, rows, count) for answer in one.answers]):
+                taken = tuned_transition(policy, sampler, one.batch[rows], one.k, one.x[rows])
+            apart = (taken.mean - one.mean[rows]) / taken.std - one.target[rows]
+            loss = loss + scale * sum_but_first(apart.square()).mean() / 2
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
+        bar.set_postfix(nats_off=f"{smooth:.3f}", refresh=False)
+    optimizer.zero_grad(set_to_none=True)
+    return smooth
+
+
+def _seed(generator: torch.Generator) -> int:
+    return int(torch.randint(2**62, (), generator=generator, device=generator.device))
+
+
+def _of_rows(answer: Answer, rows: torch.Tensor, count: int) -> Answer:
+    """A denoiser's answer to these rows of a batch of `count`, in each part of a guided batch."""
+    output, time = answer
+    every = torch.cat([rows + part * count for part in range(len(output) // count)])
+    return output[every], time if len(time) == 1 else time[every]
+
+
+def warm_start(policy: Policy, environment: Environment, trajectories: int, updates: int, seed: int) -> dict[str, float]:
+    """Base samples, critic, states, control head: see above. Changes the policy's control head and its label embedding.
+
+    Args:
+        trajectories: base samples that the critic is fitted to; as many, 4,000 at most, give the states. updates: of the critic, and of the head.
+
+    Returns:
+        {"critic_loss", see `fit_critic`; "head_nats_off", see `learn_control`}: nothing that the certificate rests on.
+
+    Raises:
+        ValueError: see `check_critic` and `base_pool`.
+    """
+    check_critic(environment, policy)
+    generator = torch.Generator(environment.labels.device).manual_seed(seed)
+    critic, held_out = fit_critic(environment, base_pool(policy, environment, trajectories, generator), updates, generator)
+    found = visits(policy, environment, critic, min(trajectories, KEPT), generator)
+    off = learn_control(policy, environment, found, updates, generator)
+    return {"critic_loss": held_out, "head_nats_off": off}

@@ -137,7 +137,7 @@ def _baked_lines(config: AdapterConfig) -> str:
     """What a label loses when it is baked into a plain pipeline or LoRA file."""
     scale, metrics = config.sampler["guidance_scale"], config.metrics
     if config.training.get("settings", {}).get("control_head"):
-        return "Not possible: it has a control head, beside the denoiser, which neither a plain pipeline nor a LoRA file has a place for."
+        return "Its labels need it: it has a control head beside the denoiser, for which neither a plain pipeline nor a LoRA file has a place."
     head = (
         "`pipe.export_label(label, folder)` writes one label as an ordinary pipeline, `pipe.export_lora(file, label)` as an ordinary LoRA\n"
         "file; neither needs this package. A step without noise, which this adapter leaves to the base, is then taken with the tuned model."

@@ -217,17 +217,18 @@ def check_resumable(
     identity: Mapping[str, Any],
     named: Mapping[str, torch.Tensor],
     law: Sequence[str],
+    defaults: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Sentences on settings that were changed since the checkpoint.
 
     Args:
         settings, identity: of the run that would go on; a checkpoint's state has both. named: its trainable parameters. law: names of the
-            settings that fix what is learned; the others belong to the way there.
+            settings that fix what is learned; the others belong to the way there. defaults: of settings that a checkpoint may be too old to have.
 
     Raises:
         ValueError: where the checkpoint's weights would mean something else now; names what differs.
     """
-    before = found.state["settings"]
+    before = {**(defaults or {}), **found.state["settings"]}
     wrong = differences(before, settings, law) + differences(found.state["identity"], identity)
     shapes = {name: value.shape for name, value in part(found.tensors, "parameter.").items()}
     if not wrong and shapes != {name: parameter.shape for name, parameter in named.items()}:

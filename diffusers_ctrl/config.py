@@ -189,6 +189,10 @@ class CTRLConfig:
         for name in ("control_head", "critic_trajectories"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}.")
+        if 0 < self.critic_trajectories < 20:
+            raise ValueError(
+                f"critic_trajectories must be 0 or at least 20, of which a tenth is held out; got {self.critic_trajectories}."
+            )
         if self.critic_trajectories and not self.control_head:
             raise ValueError(f"critic_trajectories = {self.critic_trajectories} needs a control_head to warm: give its width, 512.")
         if self.kl_limit is not None and not (self.kl_limit > 0 and self.eval_every):

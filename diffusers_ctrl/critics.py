@@ -14,21 +14,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-from .heads import coarse_grid, seen
+from .heads import LABEL_WIDTH, coarse_grid, seen
 from .policy import Answer, Policy
 from .rollouts import Batch, Environment, base_transition, rollout, tuned_transition
 from .transitions import Transition, sum_but_first
 
 
 HIDDEN = 512
-TRAJECTORIES_AT_A_TIME, FIT_BATCH, ROWS_A_STEP, STEPS_AT_A_TIME = 250, 512, 100, 5
+AT_A_TIME, FIT_BATCH, ROWS_A_STEP, STEPS_AT_A_TIME = 250, 512, 100, 5
 FIT_RATE, HEAD_RATE, TABLE_RATE = 1e-3, 2e-3, 1e-2
 LOOKS = 20  # at the held-out loss, in a fit
 STEERED, KEPT = 0.6, 4_000  # share of the kept trajectories that the critic steers; how many are kept at most
@@ -95,41 +95,47 @@ class Visited:
 def check_critic(environment: Environment, policy: Policy) -> None:
     """Raises ValueError where a warm start cannot be had: no control head, no images, or numbers as labels."""
     if policy.label_encoder.control_head is None:
-        raise ValueError("critic_trajectories is a warm start of the control head: give control_head too, its width (512).")
+        raise ValueError(
+            "critic_trajectories is a warm start of the control head, which this policy has not: Policy(control_head=512, shape=…)."
+        )
     coarse_grid(environment.shape)
     if environment.spread is not None:
         raise ValueError("critic_trajectories needs labels that are classes, not numbers: leave it at 0.")
+    encoder = policy.label_encoder
+    embedded = [table.unflatten(1, (encoder.gamma_terms, -1))[..., :-LABEL_WIDTH] for table in encoder.tables]
+    if any(bool(value.any()) for value in (*policy.lora_up(), *embedded)):
+        raise ValueError("critic_trajectories is for a fresh policy: this one's LoRA or label embedding is not zero any more.")
 
 
-def _parts(total: int, environment: Environment, generator: torch.Generator, description: str) -> Iterator[Batch]:
-    """`total` trajectories' starts, so many at a time that memory holds them."""
+def _parts(total: int, environment: Environment, generator: torch.Generator, at_a_time: int, description: str) -> Iterator[Batch]:
+    """`total` trajectories' starts, `at_a_time`; all of a batch is on its noise's device."""
     with tqdm(total=total, desc=description, unit="trajectory") as bar:
-        for start in range(0, total, TRAJECTORIES_AT_A_TIME):
-            batch = environment.draw(min(TRAJECTORIES_AT_A_TIME, total - start), generator)
-            yield batch
+        for start in range(0, total, at_a_time):
+            batch = environment.draw(min(at_a_time, total - start), generator)
+            labels = batch.label_rows.to(batch.noise.device)
+            prompts = torch.zeros_like(labels) if batch.prompts is None else batch.prompts.to(labels)
+            yield replace(batch, label_rows=labels, prompts=prompts)
             bar.update(len(batch))
 
 
 @torch.no_grad()
-def base_pool(policy: Policy, environment: Environment, count: int, generator: torch.Generator) -> Pool:
+def base_pool(policy: Policy, environment: Environment, count: int, generator: torch.Generator, at_a_time: int = AT_A_TIME) -> Pool:
     """`count` base trajectories, their ends scored for every label.
 
     Raises:
         ValueError: where log p̂ is not a log-probability.
     """
     parts, grid = [], coarse_grid(environment.shape)
-    for batch in _parts(count, environment, generator, "critic: base samples"):
+    for batch in _parts(count, environment, generator, at_a_time, "critic: base samples"):
         states = rollout(policy, environment.sampler, batch, generator, tuned=False).states
-        prompts = torch.zeros_like(batch.label_rows) if batch.prompts is None else batch.prompts
         scores = environment.log_likelihoods(states[-1]).float()
-        parts.append((torch.stack([seen(x.float(), grid) for x in states]), prompts.to(scores.device), scores))
+        if wrong := int((~scores.isfinite() | (scores > 1e-4)).sum()):
+            raise ValueError(
+                f"critic_trajectories needs log-probabilities, finite and at most 0: {wrong} of {scores.numel()} that the reward gave are not."
+            )
+        parts.append((torch.stack([seen(x.float(), grid) for x in states]), batch.prompts, scores))
     states, *rows = zip(*parts, strict=True)
-    pool = Pool(torch.cat(states, dim=1), *(torch.cat(column) for column in rows))
-    if not pool.scores.isfinite().all() or pool.scores.max() > 1e-4:
-        raise ValueError(
-            f"critic_trajectories needs log-probabilities, finite and at most 0; the reward gave {pool.scores.max().item():.3g}."
-        )
-    return pool
+    return Pool(torch.cat(states, dim=1), *(torch.cat(column) for column in rows))
 
 
 def _cosine(optimizer: torch.optim.Optimizer, updates: int) -> torch.optim.lr_scheduler.LRScheduler:
@@ -173,6 +179,10 @@ def fit_critic(environment: Environment, pool: Pool, updates: int, generator: to
             if found < best:
                 best, kept = found, {name: value.clone() for name, value in critic.state_dict().items()}
             bar.set_postfix(fitted=f"{loss.item():.3f}", held_out=f"{found:.3f}", best=f"{best:.3f}", refresh=False)
+    if not kept:
+        raise ValueError(
+            f"The critic found no finite loss in {updates} updates of {count} base trajectories: give more of both, or leave it out."
+        )
     critic.load_state_dict(kept)
     return critic.eval().requires_grad_(False), best
 
@@ -186,19 +196,20 @@ def _gammas(environment: Environment, count: int, generator: torch.Generator, de
 
 def critic_control(critic: Critic, base: Transition, k: int, batch: Batch) -> torch.Tensor:
     """u_k = sigma_k ∇log h_{k+1} at the mean of the base's step, (B, C, H, W)."""
-    with torch.enable_grad():
-        mean = base.mean.detach().requires_grad_()
-        prompts = torch.zeros_like(batch.label_rows) if batch.prompts is None else batch.prompts
-        log_h = F.logsigmoid(critic(mean, torch.full_like(batch.label_rows, k + 1), prompts, batch.gamma))
+    with torch.enable_grad(), torch.autocast(base.mean.device.type, enabled=False):
+        mean = base.mean.detach().float().requires_grad_()
+        log_h = F.logsigmoid(critic(mean, torch.full_like(batch.label_rows, k + 1), batch.prompts, batch.gamma))
         (gradient,) = torch.autograd.grad(log_h.gather(1, batch.label_rows.unsqueeze(1)).sum(), mean)
     return torch.as_tensor(base.std).to(gradient) * gradient
 
 
 @torch.no_grad()
-def visits(policy: Policy, environment: Environment, critic: Critic, count: int, generator: torch.Generator) -> list[Visited]:
-    """The states of `count` trajectories of the base, most of them steered by the critic, with what there is to learn at each."""
+def visits(
+    policy: Policy, environment: Environment, critic: Critic, count: int, generator: torch.Generator, at_a_time: int = AT_A_TIME
+) -> list[Visited]:
+    """The states of `count` trajectories of the base, most of them steered by the critic, with what there is to learn at each; on the CPU."""
     sampler, found = environment.sampler, []
-    for batch in _parts(count, environment, generator, "critic: states"):
+    for batch in _parts(count, environment, generator, at_a_time, "critic: states"):
         x = batch.noise
         draw = torch.rand(len(batch), generator=generator, device=x.device)
         steered = (draw < STEERED).view(-1, *[1] * (x.ndim - 1))
@@ -209,9 +220,10 @@ def visits(policy: Policy, environment: Environment, critic: Critic, count: int,
                 x = base.mean
                 continue
             target = critic_control(critic, base, k, batch)
-            found.append(Visited(k, batch, x, answers, base.mean, target))
+            kept = [(output.cpu(), time.cpu()) for output, time in answers]
+            found.append(Visited(k, batch, x.cpu(), kept, base.mean.cpu(), target.cpu()))
             noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-            x = base.mean + base.std * (torch.where(steered, target, 0.0) + noise)
+            x = base.mean + base.std * (torch.where(steered, target, 0.0).to(noise) + noise)
     return found
 
 
@@ -223,7 +235,7 @@ def learn_control(
     Returns:
         That loss, as it was at the end.
     """
-    sampler = environment.sampler
+    sampler, device = environment.sampler, environment.labels.device
     groups = policy.trainable_parameters()
     rates = {"control_head": HEAD_RATE, "label_encoder": TABLE_RATE}
     optimizer = torch.optim.AdamW(
@@ -232,16 +244,15 @@ def learn_control(
     schedule, smooth = _cosine(optimizer, updates), None
     scale = len(sampler.noisy_steps) / STEPS_AT_A_TIME
     for _ in (bar := tqdm(range(updates), desc="critic: control head", unit="update")):
-        loss = torch.zeros((), device=found[0].x.device)
-        for place in torch.randint(
-            len(found), (STEPS_AT_A_TIME,), generator=torch.Generator().manual_seed(_seed(generator))
-        ).tolist():
+        loss = torch.zeros((), device=device)
+        for place in torch.randint(len(found), (STEPS_AT_A_TIME,), generator=generator, device=device).tolist():
             one = found[place]
-            count = len(one.x)
-            rows = torch.randperm(count, generator=generator, device=one.x.device)[:ROWS_A_STEP]
-            with policy.known([_of_rows(answer, rows, count) for answer in one.answers]):
-                taken = tuned_transition(policy, sampler, one.batch[rows], one.k, one.x[rows])
-            apart = (taken.mean - one.mean[rows]) / taken.std - one.target[rows]
+            rows = torch.randperm(len(one.x), generator=generator, device=device)[:ROWS_A_STEP]
+            x, mean, target = (value[rows.cpu()].to(device) for value in (one.x, one.mean, one.target))
+            answers = [_of_rows(answer, rows.cpu(), len(one.x), device) for answer in one.answers]
+            with policy.uncheckpointed(), policy.known(answers):
+                taken = tuned_transition(policy, sampler, one.batch[rows], one.k, x)
+            apart = (taken.mean.float() - mean.float()) / taken.std - target
             loss = loss + scale * sum_but_first(apart.square()).mean() / 2
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -253,22 +264,21 @@ def learn_control(
     return smooth
 
 
-def _seed(generator: torch.Generator) -> int:
-    return int(torch.randint(2**62, (), generator=generator, device=generator.device))
-
-
-def _of_rows(answer: Answer, rows: torch.Tensor, count: int) -> Answer:
+def _of_rows(answer: Answer, rows: torch.Tensor, count: int, device: torch.device) -> Answer:
     """A denoiser's answer to these rows of a batch of `count`, in each part of a guided batch."""
     output, time = answer
     every = torch.cat([rows + part * count for part in range(len(output) // count)])
-    return output[every], time if len(time) == 1 else time[every]
+    return output[every].to(device), (time if len(time) == 1 else time[every]).to(device)
 
 
-def warm_start(policy: Policy, environment: Environment, trajectories: int, updates: int, seed: int) -> dict[str, float]:
+def warm_start(
+    policy: Policy, environment: Environment, trajectories: int, updates: int, seed: int, at_a_time: int = AT_A_TIME
+) -> dict[str, float]:
     """Base samples, critic, states, control head: see above. Changes the policy's control head and its label embedding.
 
     Args:
         trajectories: base samples that the critic is fitted to; as many, 4,000 at most, give the states. updates: of the critic, and of the head.
+        at_a_time: trajectories that are drawn together.
 
     Returns:
         {"critic_loss", see `fit_critic`; "head_nats_off", see `learn_control`}: nothing that the certificate rests on.
@@ -278,7 +288,11 @@ def warm_start(policy: Policy, environment: Environment, trajectories: int, upda
     """
     check_critic(environment, policy)
     generator = torch.Generator(environment.labels.device).manual_seed(seed)
-    critic, held_out = fit_critic(environment, base_pool(policy, environment, trajectories, generator), updates, generator)
-    found = visits(policy, environment, critic, min(trajectories, KEPT), generator)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # the critic's first weights
+        pool = base_pool(policy, environment, trajectories, generator, at_a_time)
+        with torch.autocast(environment.labels.device.type, enabled=False):
+            critic, held_out = fit_critic(environment, pool, updates, generator)
+    found = visits(policy, environment, critic, min(trajectories, KEPT), generator, at_a_time)
     off = learn_control(policy, environment, found, updates, generator)
     return {"critic_loss": held_out, "head_nats_off": off}

@@ -33,11 +33,11 @@ OTHER_TIMES = 400  # timesteps between the sampler's own at which a label in a L
 
 
 def check_exportable(adapter: Adapter) -> None:
-    """Raises ValueError for an adapter that a plain pipeline or LoRA file has no place for."""
+    """Raises ValueError for an adapter of which a plain pipeline or LoRA file has no place for a label."""
     if adapter.label_encoder.control_head is not None:
         raise ValueError(
-            "This adapter has a control head, which neither a plain pipeline nor a LoRA file has a place for: use it in a CTRLPipeline, or train "
-            "one with control_head: 0."
+            "This adapter has a control head, and its labels cannot be put into a plain pipeline or a LoRA file, which have no place for one: use "
+            "it in a CTRLPipeline, or train one with control_head: 0."
         )
 
 
@@ -302,7 +302,6 @@ def export_lora(
     """
     if label is None:
         read = _read(adapter, subfolder, kwargs)
-        check_exportable(read)
         return write_lora(file, read.lora, read.config.denoiser, naming)
     pipe, read = _plain_base(adapter, subfolder, kwargs)
     lora, errors = label_lora(pipe, read, label, gamma, label_scale, call)

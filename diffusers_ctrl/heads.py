@@ -34,6 +34,15 @@ def seen(x: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
     return F.adaptive_avg_pool2d(x[:, : grid[0]], grid[1:]).flatten(1)
 
 
+def check_head(head: object) -> None:
+    """Raises ValueError unless this is {"grid": [C, h, w], "width"} of positive whole numbers."""
+    if not isinstance(head, dict) or set(head) != {"grid", "width"} or not isinstance(head["grid"], (list, tuple)):
+        raise ValueError('head must be {"grid": [C, h, w], "width": number}.')
+    numbers = [*head["grid"], head["width"]]
+    if len(numbers) != 4 or any(type(number) is not int or number < 1 for number in numbers):
+        raise ValueError(f"head must have three positive whole numbers as grid and one as width; got {str(numbers)[:80]}.")
+
+
 class ControlHead(nn.Module):
     """(state, the denoiser's output, its time embedding, the label's embedding) -> what is added to the output.
 

@@ -129,7 +129,8 @@ class LabelHook(ModelHook):
         self.label = label
 
     def post_forward(self, module: nn.Module, output: torch.Tensor) -> torch.Tensor:
-        self.label.time = output
+        if self.label.head is not None:
+            self.label.time = output.detach()
         if self.label.embedding is None:
             return output
         if not isinstance(output, torch.Tensor) or output.ndim != 2:

@@ -10,14 +10,14 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from .heads import LABEL_WIDTH, ControlHead
+from .heads import LABEL_WIDTH, ControlHead, check_head
 from .labels import Categorical, LabelSpace
 
 
 class LabelEncoder(ModelMixin, ConfigMixin):
     """One learned table (or, for a continuous attribute, one linear map of polynomial features) an attribute, summed.
 
-    Every weight starts at zero, so a fresh encoder changes nothing; an attribute that is not given (NaN) is multiplied out,
+    Every embedding starts at zero, so a fresh encoder changes nothing; an attribute that is not given (NaN) is multiplied out,
     so "no label" stays exactly zero whatever training and weight decay do. If the adapter is trained for a range of gamma,
     each label's embedding is a quadratic in normalised log gamma.
 
@@ -44,6 +44,8 @@ class LabelEncoder(ModelMixin, ConfigMixin):
         if gamma_range is not None and not 0 < gamma_range[0] < gamma_range[1]:
             raise ValueError(f"gamma_range must be 0 < low < high, got {tuple(gamma_range)}.")
         self.gamma_terms = 1 if gamma_range is None else 3
+        if head is not None:
+            check_head(head)
         self.width = embedding_dim + (0 if head is None else LABEL_WIDTH)
         self.tables = nn.ParameterList()
         for attribute in self.label_space.attributes.values():

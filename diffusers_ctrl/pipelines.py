@@ -195,7 +195,12 @@ class CTRLPipeline(DiffusionPipeline):
             raise ValueError(
                 f"The adapter's label encoder has embedding_dim {adapter.label_encoder.config.embedding_dim}, but {site} is {width} wide."
             )
-        add_control(denoiser, adapter_name, site, adapter.lora, replace(adapter, lora={}), adapter.label_encoder.control_head)
+        head, channels = adapter.label_encoder.control_head, getattr(denoiser.config, "in_channels", None)
+        if head is not None and channels is not None and channels < head.grid[0]:
+            raise ValueError(
+                f"The adapter's control head is for states of {head.grid[0]} channels; this denoiser's have {channels}."
+            )
+        add_control(denoiser, adapter_name, site, adapter.lora, replace(adapter, lora={}), head)
 
     def unload_ctrl_adapter(self, adapter_name: str | None = None) -> None:
         """Takes one adapter out, or all of them; without any, the denoiser is the base again, bit for bit.
@@ -248,6 +253,7 @@ class CTRLPipeline(DiffusionPipeline):
             ValueError: for an unknown label, or a time embedding into which no label can be baked; nothing is written then.
         """
         adapter = self._collect(adapter_name)
+        check_exportable(adapter)
         name, denoiser = denoiser_of(self)
         with self._without_adapters():
             plain = copy.deepcopy(denoiser)
@@ -279,8 +285,8 @@ class CTRLPipeline(DiffusionPipeline):
         """
         adapter = self._collect(adapter_name)
         if label is None:
-            check_exportable(adapter)
             return write_lora(file, adapter.lora, adapter.config.denoiser, naming)
+        check_exportable(adapter)
         with self._without_adapters():
             plain = self._ctrl_base.from_pipe(self, dtype=self.denoiser.dtype)
             lora, errors = label_lora(plain, adapter, label, gamma, label_scale, call)

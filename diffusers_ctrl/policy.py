@@ -68,10 +68,12 @@ class Policy(nn.Module):
     ) -> None:
         super().__init__()
         self.injection_site, site = find_injection_site(denoiser, injection_site)
+        if control_head and shape is None:
+            raise ValueError("A policy with a control_head needs shape: (C, H, W) of a state.")
         if label_encoder is None:
             if label_space is None:
                 raise ValueError("Policy needs a label_encoder, or a label_space to build one from.")
-            head = {"grid": list(coarse_grid(shape or ())), "width": control_head} if control_head else None
+            head = {"grid": list(coarse_grid(shape)), "width": control_head} if control_head else None
             label_encoder = LabelEncoder(label_space.to_dict(), site_width(site), gamma_range, head)
         if lora_rank is not None:
             add_lora(denoiser, lora_rank, lora_targets)
@@ -237,7 +239,7 @@ class Policy(nn.Module):
             else:
                 output = first(functional_call(self.denoiser, weights, args, kwargs))
             if self._noted is not None:
-                self._noted.append((output.detach(), hook.time.detach()))
+                self._noted.append((output.detach(), hook.time))
             return hook.corrected(state_of(args, kwargs), output)
         finally:
             hook.embedding = hook.time = None
@@ -265,6 +267,10 @@ class Policy(nn.Module):
         encoder = self.label_encoder
         groups = {"lora": [p for p in self.denoiser.parameters() if p.requires_grad], "label_encoder": list(encoder.tables)}
         return groups if encoder.control_head is None else groups | {"control_head": list(encoder.control_head.parameters())}
+
+    def lora_up(self) -> list[torch.Tensor]:
+        """LoRA's B of each layer: all zero where it changes nothing."""
+        return [layer.lora_B[name].weight for layer in self._lora for name in layer.active_adapters if name in layer.lora_B]
 
     def roots(self) -> list[torch.Tensor]:
         """Where the graph of a tuned call ends: the trainable parameters; within `merged` the merged weights in place of the LoRA's."""

@@ -37,7 +37,7 @@ from .checkpoints import (
 )
 from .conditions import Condition
 from .config import FREE, LAW, CTRLConfig, make_sampler
-from .critics import check_critic, warm_start
+from .critics import AT_A_TIME, check_critic, warm_start
 from .evaluation import gamma_grid
 from .experience import Baseline, Experience, LogLikelihood, NonFiniteError, checked, collect, less_baseline
 from .labels import label_grid
@@ -58,7 +58,7 @@ class TrainingStopped(RuntimeError):
 
 
 class CTRLTrainer:
-    """Fine-tunes a policy's LoRA and label encoder for gamma · log p̂(y | x) minus the KL to the base.
+    """Fine-tunes a policy's LoRA, label encoder and control head for gamma · log p̂(y | x) minus the KL to the base.
 
     Args:
         policy: the denoiser as a policy.
@@ -145,6 +145,11 @@ class CTRLTrainer:
                 fewer = config.regression_steps(len(sampler.noisy_steps)) < len(sampler.noisy_steps)
                 if fewer and config.coarse_adjoint:
                     _ = sampler.held_weights  # raises here, not at the first update, where the scheduler does not say them
+        if bool(config.control_head) != (policy.label_encoder.control_head is not None):
+            raise ValueError(
+                f"control_head = {config.control_head}, but the policy has {'a' if config.control_head == 0 else 'no'} control head: build it with the "
+                "same, Policy(control_head=…, shape=…)."
+            )
         if config.critic_trajectories:
             check_critic(self.environment, policy)  # raises here, not after the base samples
             if config.shard_base and processes.count() > 1:
@@ -177,6 +182,7 @@ class CTRLTrainer:
         self.update = 0
         self.seconds = 0.0
         self.smooth: float | None = None  # of J, for the gap shown in the progress bar
+        self.warmed: dict[str, float] = {}  # what the warm start says of itself, once it is done
         self.bad_updates = self.bad_in_a_row = 0
         self.history: list[dict[str, float]] = []
         self.best_kept: int | None = None  # the update whose weights the run ended with, where they are not the last
@@ -210,7 +216,7 @@ class CTRLTrainer:
         watched = 0 < config.eval_every <= config.max_updates
         if watched and self.monitor.base is None and self.update < config.max_updates:
             self._measure(tuned=False)
-        if config.critic_trajectories and self.update == 0:
+        if config.critic_trajectories and not self.warmed:
             self._warm_start()
         with Preemption() as preemption, global_generators_kept(), bar:
             while self.update < config.max_updates and self.monitor.over_limit() is None:
@@ -264,17 +270,23 @@ class CTRLTrainer:
         started = time.perf_counter()
         with global_generators_kept():
             seed_global_generators(7_000_003, self.config.seed)
-            processes.on_main(
-                lambda: warm_start(
-                    self.policy,
-                    self.environment,
-                    self.config.critic_trajectories,
-                    self.config.critic_updates,
-                    self.config.seed + 7_000_003,
-                )
-            )
+            self.warmed = processes.on_main(self._warm)
         processes.broadcast(parameter.data for parameter in self._named.values())
         self.seconds += time.perf_counter() - started
+
+    def _warm(self) -> dict[str, float]:
+        config = self.config
+        # tiny models on a CPU are drawn many at a time
+        at_a_time = max(config.batch_size, AT_A_TIME) if self.accelerator.device.type == "cpu" else config.batch_size
+        with self.accelerator.autocast():
+            return warm_start(
+                self.policy,
+                self.environment,
+                config.critic_trajectories,
+                config.critic_updates,
+                config.seed + 7_000_003,
+                at_a_time,
+            )
 
     def _tell(self, sentence: str) -> None:
         if self.accelerator.is_main_process:
@@ -575,7 +587,7 @@ class CTRLTrainer:
                         None,
                     )
                 told = [f"{sentence} The one before it is used." for sentence in damaged]
-                return checkpoint, told + check_resumable(checkpoint, self._settings(), self._identity, self._named, LAW), None
+                return checkpoint, told + self._check(checkpoint), None
             except ValueError as problem:
                 return None, [], str(problem)
 
@@ -587,6 +599,11 @@ class CTRLTrainer:
         if checkpoint is not None:
             self._load(checkpoint)
             self.accelerator.print(f"resumed from {checkpoint.folder} at update {self.update}")
+
+    def _check(self, found: Checkpoint) -> list[str]:
+        newer = ("control_head", "critic_trajectories", "critic_updates", "head_learning_rate")
+        defaults = {name: getattr(CTRLConfig, name) for name in newer}
+        return check_resumable(found, self._settings(), self._identity, self._named, LAW, defaults)
 
     def _load(self, found: Checkpoint) -> None:
         tensors, state = found.tensors, found.state
@@ -603,7 +620,7 @@ class CTRLTrainer:
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         for name in STATE:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, {}) if name == "warmed" else state[name])  # older checkpoints have none
         if found.folder == checkpoint_folder(self._root, self.update):
             self._saved = (self.update, self.monitor.measured_at)
             if self.accelerator.is_main_process:
@@ -611,7 +628,7 @@ class CTRLTrainer:
 
 
 # the plain numbers of a trainer that its checkpoints keep
-STATE = ("update", "seconds", "smooth", "bad_updates", "bad_in_a_row", "history")
+STATE = ("update", "seconds", "warmed", "smooth", "bad_updates", "bad_in_a_row", "history")
 
 
 def _agreed(environment: Environment) -> LogLikelihood:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -13,8 +14,8 @@ from torch import nn
 
 from diffusers_ctrl import Categorical, CTRLConfig, CTRLPipeline, CTRLTrainer, LabelSpace, Policy
 from diffusers_ctrl.adapters import collect_adapter, load_adapter, save_adapter
-from diffusers_ctrl.checkpoints import checkpoint_folder
-from diffusers_ctrl.critics import base_pool, critic_control, fit_critic, warm_start
+from diffusers_ctrl.checkpoints import checkpoint_folder, read_checkpoint
+from diffusers_ctrl.critics import base_pool, critic_control, fit_critic, learn_control, visits, warm_start
 from diffusers_ctrl.evaluation import draw_samples
 from diffusers_ctrl.heads import LABEL_WIDTH, ControlHead, coarse_grid
 from diffusers_ctrl.label_encoder import LabelEncoder
@@ -214,10 +215,39 @@ def test_the_policy_and_the_pipeline_say_the_same(with_head, sd_folder):
 
 def test_it_cannot_be_exported(with_head, tmp_path):
     pipe = CTRLPipeline.from_pretrained(with_head)
-    for export in (lambda: pipe.export_label("bold", tmp_path / "a"), lambda: pipe.export_lora(tmp_path / "b.safetensors")):
-        with pytest.raises(ValueError, match="control head, which neither"):
+    exports = (lambda: pipe.export_label("bold", tmp_path / "a"), lambda: pipe.export_lora(tmp_path / "b.safetensors", "bold"))
+    for export in exports:
+        with pytest.raises(ValueError, match="control head, and its labels"):
             export()
     assert not any(tmp_path.iterdir())
+    assert pipe.export_lora(tmp_path / "no-label.safetensors").is_file()  # the LoRA alone draws no label anyway
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        {"grid": [4, 8, 8, 1], "width": 16},
+        {"grid": [4, True, 8], "width": 16},
+        {"grid": [4, 8, -8], "width": 16},
+        {"width": 16},
+        "all",
+    ],
+)
+def test_a_foreign_head(with_head, tmp_path, head):
+    shutil.copytree(with_head, tmp_path / "a")
+    file = tmp_path / "a" / "label_encoder" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"head": head}))
+    with pytest.raises(ValueError, match="head must"):
+        load_adapter(tmp_path / "a")
+
+
+def test_a_head_for_more_channels_than_the_base_has(with_head, tmp_path):
+    adapter = load_adapter(with_head)
+    encoder = adapter.label_encoder
+    head = {"grid": [5, 8, 8], "width": 16}
+    wider = LabelEncoder(encoder.label_space.to_dict(), encoder.config.embedding_dim, None, head)
+    with pytest.raises(ValueError, match="states of 5 channels"):
+        CTRLPipeline.from_pretrained(save_adapter(tmp_path / "a", replace(adapter, label_encoder=wider)))
 
 
 def test_a_pipeline_saves_it_again(with_head, tmp_path):
@@ -279,37 +309,55 @@ def exact_log_h(environment, k, gamma=1.0):
     return log_h
 
 
-def test_the_critic_is_the_conditional_expectation():
+@pytest.fixture(scope="module")
+def fitted():
+    """(policy, environment, critic, its held-out loss, the generator) for gamma from 1 to 4."""
     policy, environment = normal_problem(gamma_range=(1.0, 4.0))
     generator = torch.Generator().manual_seed(0)
     pool = base_pool(policy, environment, 20_000, generator)
-    critic, _ = fit_critic(environment, pool, 400, generator)
+    return policy, environment, *fit_critic(environment, pool, 300, generator), generator
+
+
+@pytest.mark.parametrize("gamma", [1.0, 4.0])
+def test_the_critic_is_the_conditional_expectation(fitted, gamma):
+    _, environment, critic, held_out, _ = fitted
+    assert held_out < math.log(2)
     x = torch.linspace(-1.5, 1.5, 7, dtype=torch.float64)
-    for gamma in (1.0, 4.0):
-        for k in (1, 4, 7, STEPS):
-            level, rows = torch.full((7,), k), torch.zeros(7, dtype=torch.long)
-            found = nn.functional.logsigmoid(critic(x.float().view(-1, 1, 1, 1), level, rows, torch.full((7,), gamma)))[:, 1]
-            torch.testing.assert_close(found.double().exp(), exact_log_h(environment, k, gamma)(x).exp(), rtol=0, atol=0.06)
+    for k in (1, 4, 7, STEPS):
+        level, rows = torch.full((7,), k), torch.zeros(7, dtype=torch.long)
+        found = nn.functional.logsigmoid(critic(x.float().view(-1, 1, 1, 1), level, rows, torch.full((7,), gamma)))[:, 1]
+        torch.testing.assert_close(found.double().exp(), exact_log_h(environment, k, gamma)(x).exp(), rtol=0, atol=0.06)
 
 
-def test_the_warm_start_reaches_the_exact_law():
-    """log Z = log ½ by symmetry; the base's gap is what labels at random lose."""
-    policy, environment = normal_problem()
+def test_the_head_that_learned_from_it_has_the_exact_law(fitted):
+    """log Z by quadrature, for two gammas; LoRA and the label in the time embedding are left as they were."""
+    policy, environment, critic, _, generator = fitted
 
-    def gap():
-        found = draw_samples(policy, environment, 4000, torch.Generator().manual_seed(1), progress=False)
-        return math.log(0.5) - (found.log_likelihood - found.kl).mean().item()
+    def gap(gamma):
+        found = draw_samples(policy, replace(environment, gamma=gamma), 4000, torch.Generator().manual_seed(1), progress=False)
+        log_h = exact_log_h(environment, 1, gamma)
+        # x_1 is normal, of the first step's moments
+        step = environment.sampler.transition(
+            torch.zeros(1, 1, 1, 1, dtype=torch.float64),
+            environment.sampler.timesteps[0],
+            torch.ones(1, 1, 1, 1, dtype=torch.float64),
+        )
+        std = math.hypot(step.mean.item(), step.std.item())
+        nodes, weights = (torch.tensor(value, dtype=torch.float64) for value in np.polynomial.hermite_e.hermegauss(60))
+        log_z = (log_h(std * nodes) + (weights / weights.sum()).log()).logsumexp(dim=0).item()
+        return log_z - (gamma * found.log_likelihood - found.kl).mean().item()
 
-    before = gap()
+    before = [gap(1.0), gap(4.0)]
     lora = [p.clone() for p in policy.trainable_parameters()["lora"]]
-    embedding = policy.label_encoder.tables[0][:, :-LABEL_WIDTH].clone()
-    warm_start(policy, environment, 6000, 250, seed=0)
-    after = gap()
-    assert before > 0.5
-    assert -0.02 < after < 0.06, f"{before:.3f} -> {after:.3f} nats"
+    embedding = policy.label_encoder.tables[0].detach().unflatten(1, (3, -1))[..., :-LABEL_WIDTH].clone()
+    off = learn_control(policy, environment, visits(policy, environment, critic, 1000, generator), 250, generator)
+    after = [gap(1.0), gap(4.0)]
+    assert before[0] > 0.5 and before[1] > 2
+    assert -0.02 < after[0] < 0.1 and -0.05 < after[1] < 0.3 and off < 0.1, f"{before} -> {after} nats, {off}"
     for was, parameter in zip(lora, policy.trainable_parameters()["lora"], strict=True):
         torch.testing.assert_close(parameter, was, rtol=0, atol=0)
-    torch.testing.assert_close(policy.label_encoder.tables[0][:, :-LABEL_WIDTH], embedding, rtol=0, atol=0)
+    left = policy.label_encoder.tables[0].unflatten(1, (3, -1))[..., :-LABEL_WIDTH]
+    torch.testing.assert_close(left, embedding, rtol=0, atol=0)
 
 
 def test_the_control_to_learn_is_the_gradient():
@@ -356,6 +404,7 @@ def test_the_trainer_warms_it_once(tmp_path):
     first.train()
     kept = {name: value.clone() for name, value in first._named.items()}
     assert any("control_head" in name for name in kept)
+    assert set(first.warmed) == {"critic_loss", "head_nats_off"}
     resumed = trainer(tmp_path, resume_from=str(checkpoint_folder(tmp_path / "checkpoints", 1)))
     resumed.train()
     for name, value in resumed._named.items():
@@ -372,8 +421,41 @@ def test_what_a_warm_start_needs(tmp_path):
         policy, environment = normal_problem()
         return Policy(Normal(), label_space=policy.label_space, lora_rank=1, lora_targets=["layer"]), environment
 
-    with pytest.raises(ValueError, match="give control_head too"):
+    with pytest.raises(ValueError, match="but the policy has no control head"):
         trainer(tmp_path, headless)
+    with pytest.raises(ValueError, match="at least 20"):
+        CTRLConfig(control_head=8, critic_trajectories=5)
     policy, environment = normal_problem()
     with pytest.raises(ValueError, match="log-probabilities"):
         warm_start(policy, replace(environment, reward=lambda images, labels: images.flatten(1)[:, 0]), 500, 5, 0)
+    policy.trainable_parameters()["lora"][1].data += 1
+    with pytest.raises(ValueError, match="for a fresh policy"):
+        warm_start(policy, environment, 500, 5, 0)
+
+
+def test_the_warm_start_under_guidance_and_checkpointing():
+    """The answers of both halves are kept, and nothing is computed again that the denoiser would have to be asked for."""
+    policy, environment = tiny_policy(2.0, checkpointing=True, control_head=16), tiny_environment(steps=4)
+    before = policy.label_encoder.control_head.out.weight.clone()
+    found = warm_start(policy, environment, 40, 3, seed=0, at_a_time=16)
+    assert all(math.isfinite(value) for value in found.values())
+    assert (policy.label_encoder.control_head.out.weight != before).any()
+
+
+def test_a_checkpoint_from_before_there_were_heads(tmp_path):
+    plain = {"control_head": 0, "critic_trajectories": 0, "critic_updates": CTRLConfig.critic_updates, "checkpoint_every": 1}
+
+    def headless():
+        policy, environment = normal_problem()
+        return Policy(Normal(), label_space=policy.label_space, lora_rank=1, lora_targets=["layer"]), environment
+
+    trainer(tmp_path, headless, **plain).train()
+    folder = checkpoint_folder(tmp_path / "checkpoints", 1)
+    again = trainer(tmp_path, headless, **plain)
+    found = read_checkpoint(folder)
+    for name in ("control_head", "critic_trajectories", "critic_updates", "head_learning_rate"):
+        del found.state["settings"][name]
+    assert again._check(found) == []
+    del found.state["warmed"]
+    again._load(found)
+    assert again.update == 1 and again.warmed == {}

@@ -150,6 +150,7 @@ def run(task: TaskConfig, config: CTRLConfig) -> dict[str, Any]:
         "seconds_classifier": likelihood.seconds,
         "seconds_train": trainer.seconds,  # of the updates, those before a resume included
         "updates": trainer.update,
+        **trainer.warmed,
         "weights_of_update": trainer.update if trainer.best_kept is None else trainer.best_kept,
         "num_labels": likelihood.num_labels,
         "seed": config.seed,

@@ -1,8 +1,8 @@
 """What a label costs at inference: a labelled call of the pipeline over a plain one, and over a plain one with LoRA left unmerged.
 
-    python benchmarks/label_cost.py [--images 50] [--pairs 20] [--threads 1] [--smoke]
+    python benchmarks/label_cost.py [--adapter digits-stroke] [--images 50] [--pairs 20] [--threads 1] [--smoke]
 
-The shipped adapter, 16 steps, CPU seconds (so that other programs count less); calls take turns, and each pair makes one ratio. Writes
+The shipped adapter, or another of the digits, 16 steps, CPU seconds (so that other programs count less); calls take turns, and each pair makes one ratio. Writes
 results/label_cost.json.
 """
 
@@ -33,6 +33,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapter", default="digits-stroke", help="of the digits base: an embedded adapter's name or a folder")
     parser.add_argument("--images", type=int, default=50)
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.smoke:
         args.images = args.pairs = 2
     torch.set_num_threads(args.threads)
-    pipe = CTRLPipeline.from_pretrained("digits-stroke")
+    pipe = CTRLPipeline.from_pretrained(args.adapter)
     pipe.set_progress_bar_config(disable=True)
     prompts, limit = ["a handwritten seven"] * args.images, injection.MERGED_BYTES
     plain = {"num_inference_steps": 16, "eta": 1.0, "guidance_scale": 1.0}

@@ -223,12 +223,14 @@ def check_resumable(
 
     Args:
         settings, identity: of the run that would go on; a checkpoint's state has both. named: its trainable parameters. law: names of the
-            settings that fix what is learned; the others belong to the way there. defaults: of settings that a checkpoint may be too old to have.
+            settings that fix what is learned; the others belong to the way there. defaults: what a setting is
+            of which a checkpoint is too old to know.
 
     Raises:
         ValueError: where the checkpoint's weights would mean something else now; names what differs.
     """
-    before = {**(defaults or {}), **found.state["settings"]}
+    known = {name: value for name, value in (defaults or {}).items() if name in settings}
+    before = {**known, **found.state["settings"]}
     wrong = differences(before, settings, law) + differences(found.state["identity"], identity)
     shapes = {name: value.shape for name, value in part(found.tensors, "parameter.").items()}
     if not wrong and shapes != {name: parameter.shape for name, parameter in named.items()}:

@@ -46,7 +46,7 @@ class CTRLConfig:
     control_head: int = option(
         0,
         "Width of a control head, a small network beside the denoiser that learns what LoRA learns slowly; 0 for none. 512 is tried. For images "
-        "only; the adapter then works in pipelines of this package, and cannot be exported as a plain LoRA.",
+        "only; the adapter's labels then need this package's pipelines, and cannot be exported.",
     )
     critic_trajectories: int = option(
         0, "Warm start of the control head: so many base samples, from which a critic of noisy states is fitted; 0 for none."

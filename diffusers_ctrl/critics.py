@@ -18,18 +18,21 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch import nn
 from tqdm.auto import tqdm
 
 from .heads import LABEL_WIDTH, coarse_grid, seen
+from .label_encoder import place_in_range
 from .policy import Answer, Policy
+from .randomness import global_generators_kept, seed_global_generators
 from .rollouts import Batch, Environment, base_transition, rollout, tuned_transition
 from .transitions import Transition, sum_but_first
 
 
 HIDDEN = 512
 AT_A_TIME, FIT_BATCH, ROWS_A_STEP, STEPS_AT_A_TIME = 250, 512, 100, 5
-FIT_RATE, HEAD_RATE, TABLE_RATE = 1e-3, 2e-3, 1e-2
+FIT_RATE, HEAD_RATE, TABLE_RATE, WARM_UP = 1e-3, 2e-3, 1e-2, 10
 LOOKS = 20  # at the held-out loss, in a fit
 STEERED, KEPT = 0.6, 4_000  # share of the kept trajectories that the critic steers; how many are kept at most
 
@@ -62,8 +65,7 @@ class Critic(nn.Module):
         scale, shift, shift2 = self.level(level).chunk(3, dim=1)
         shift = shift + self.prompt(prompt)
         if self.gamma_range is not None:
-            low, high = (math.log(value) for value in self.gamma_range)
-            place = (2 * (gamma.float().log() - low) / (high - low) - 1).unsqueeze(1)
+            place = place_in_range(gamma.float(), self.gamma_range).unsqueeze(1)
             shift = shift + self.gamma(torch.cat([place, place.square()], dim=1))
         hidden = F.silu(self.state(x) * (1 + scale) + shift)
         hidden = hidden + F.silu(self.middle(hidden) + shift2)
@@ -138,12 +140,6 @@ def base_pool(policy: Policy, environment: Environment, count: int, generator: t
     return Pool(torch.cat(states, dim=1), *(torch.cat(column) for column in rows))
 
 
-def _cosine(optimizer: torch.optim.Optimizer, updates: int) -> torch.optim.lr_scheduler.LRScheduler:
-    """Ten updates of warm-up, then a cosine to a hundredth."""
-    rate = lambda u: min(1.0, (u + 1) / 10) * (0.01 + 0.495 * (1 + math.cos(math.pi * u / updates)))  # noqa: E731
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-
-
 def fit_critic(environment: Environment, pool: Pool, updates: int, generator: torch.Generator) -> tuple[Critic, float]:
     """log h from the pool's states of all levels; for a range of gamma, each at a random gamma.
 
@@ -155,11 +151,12 @@ def fit_critic(environment: Environment, pool: Pool, updates: int, generator: to
     critic = Critic(coarse_grid(environment.shape), levels, environment.num_prompts, pool.scores.shape[1], environment.gamma_range)
     critic.to(device)
     optimizer = torch.optim.AdamW(critic.parameters(), lr=FIT_RATE, weight_decay=1e-2)
-    schedule, order = _cosine(optimizer, updates), torch.randperm(count, generator=generator, device=device)
+    schedule = get_cosine_schedule_with_warmup(optimizer, WARM_UP, updates)
+    order = torch.randperm(count, generator=generator, device=device)
     held, fitted = order[: count // 10], order[count // 10 :]
 
     def loss_of(rows: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-        gamma = _gammas(environment, len(rows), generator, device)
+        gamma = environment.gammas(len(rows), generator)
         target = (gamma.unsqueeze(1) * pool.scores[rows]).exp().clamp(max=1)
         return F.binary_cross_entropy_with_logits(
             critic.of_seen(pool.states[level, rows], level, pool.prompts[rows], gamma), target
@@ -175,7 +172,7 @@ def fit_critic(environment: Environment, pool: Pool, updates: int, generator: to
         schedule.step()
         if update % max(1, updates // LOOKS) == 0:
             with torch.no_grad():
-                found = sum(loss_of(held, torch.full_like(held, level)).item() for level in range(levels)) / levels
+                found = (sum(loss_of(held, torch.full_like(held, level)) for level in range(levels)) / levels).item()
             if found < best:
                 best, kept = found, {name: value.clone() for name, value in critic.state_dict().items()}
             bar.set_postfix(fitted=f"{loss.item():.3f}", held_out=f"{found:.3f}", best=f"{best:.3f}", refresh=False)
@@ -185,13 +182,6 @@ def fit_critic(environment: Environment, pool: Pool, updates: int, generator: to
         )
     critic.load_state_dict(kept)
     return critic.eval().requires_grad_(False), best
-
-
-def _gammas(environment: Environment, count: int, generator: torch.Generator, device: torch.device) -> torch.Tensor:
-    if environment.gamma_range is None:
-        return torch.full((count,), float(environment.gamma), device=device)
-    low, high = environment.gamma_range
-    return low * (high / low) ** torch.rand(count, generator=generator, device=device)
 
 
 def critic_control(critic: Critic, base: Transition, k: int, batch: Batch) -> torch.Tensor:
@@ -227,10 +217,10 @@ def visits(
     return found
 
 
-def learn_control(
-    policy: Policy, environment: Environment, found: list[Visited], updates: int, generator: torch.Generator
-) -> float:
+def learn_control(policy: Policy, environment: Environment, found: list[Visited], updates: int, seed: int) -> float:
     """Regresses the control head on the targets, Σ_k ½‖u_k − target‖² nats; LoRA and the label in the time embedding stay as they are.
+
+    An update has as many rows whether the states were drawn many at a time or few.
 
     Returns:
         That loss, as it was at the end.
@@ -241,27 +231,30 @@ def learn_control(
     optimizer = torch.optim.AdamW(
         [{"params": groups[name], "lr": rate} for name, rate in rates.items()], betas=(0.9, 0.99), weight_decay=0.0
     )
-    schedule, smooth = _cosine(optimizer, updates), None
-    scale = len(sampler.noisy_steps) / STEPS_AT_A_TIME
-    for _ in (bar := tqdm(range(updates), desc="critic: control head", unit="update")):
+    schedule = get_cosine_schedule_with_warmup(optimizer, WARM_UP, updates)
+    generator, smooth = torch.Generator().manual_seed(seed), None  # the states are on the CPU, and so is their choice
+    places = STEPS_AT_A_TIME * -(-ROWS_A_STEP // min(ROWS_A_STEP, len(found[0].x)))
+    scale = len(sampler.noisy_steps) / places
+    for update in (bar := tqdm(range(updates), desc="critic: control head", unit="update")):
         loss = torch.zeros((), device=device)
-        for place in torch.randint(len(found), (STEPS_AT_A_TIME,), generator=generator, device=device).tolist():
+        for place in torch.randint(len(found), (places,), generator=generator).tolist():
             one = found[place]
-            rows = torch.randperm(len(one.x), generator=generator, device=device)[:ROWS_A_STEP]
-            x, mean, target = (value[rows.cpu()].to(device) for value in (one.x, one.mean, one.target))
-            answers = [_of_rows(answer, rows.cpu(), len(one.x), device) for answer in one.answers]
+            rows = torch.randperm(len(one.x), generator=generator)[:ROWS_A_STEP]
+            x, mean, target = (value[rows].to(device) for value in (one.x, one.mean, one.target))
+            answers = [_of_rows(answer, rows, len(one.x), device) for answer in one.answers]
             with policy.uncheckpointed(), policy.known(answers):
-                taken = tuned_transition(policy, sampler, one.batch[rows], one.k, x)
+                taken = tuned_transition(policy, sampler, one.batch[rows.to(device)], one.k, x)
             apart = (taken.mean.float() - mean.float()) / taken.std - target
             loss = loss + scale * sum_but_first(apart.square()).mean() / 2
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         schedule.step()
-        smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
-        bar.set_postfix(nats_off=f"{smooth:.3f}", refresh=False)
+        smooth = loss.detach() if smooth is None else torch.lerp(smooth, loss.detach(), 0.02)
+        if update % max(1, updates // LOOKS) == 0:
+            bar.set_postfix(nats_off=f"{smooth.item():.3f}", refresh=False)
     optimizer.zero_grad(set_to_none=True)
-    return smooth
+    return smooth.item()
 
 
 def _of_rows(answer: Answer, rows: torch.Tensor, count: int, device: torch.device) -> Answer:
@@ -288,11 +281,11 @@ def warm_start(
     """
     check_critic(environment, policy)
     generator = torch.Generator(environment.labels.device).manual_seed(seed)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)  # the critic's first weights
+    with global_generators_kept():
+        seed_global_generators(seed)  # for the critic's first weights, and a scorer that draws
         pool = base_pool(policy, environment, trajectories, generator, at_a_time)
         with torch.autocast(environment.labels.device.type, enabled=False):
             critic, held_out = fit_critic(environment, pool, updates, generator)
-    found = visits(policy, environment, critic, min(trajectories, KEPT), generator, at_a_time)
-    off = learn_control(policy, environment, found, updates, generator)
+        found = visits(policy, environment, critic, min(trajectories, KEPT), generator, at_a_time)
+        off = learn_control(policy, environment, found, updates, seed)
     return {"critic_loss": held_out, "head_nats_off": off}

@@ -14,6 +14,12 @@ from .heads import LABEL_WIDTH, ControlHead, check_head
 from .labels import Categorical, LabelSpace
 
 
+def place_in_range(gamma: torch.Tensor, gamma_range: tuple[float, float]) -> torch.Tensor:
+    """log gamma, scaled so that the range is [-1, 1]."""
+    low, high = (torch.tensor(float(g)).log().item() for g in gamma_range)
+    return (gamma.log() - low) / (high - low) * 2 - 1
+
+
 class LabelEncoder(ModelMixin, ConfigMixin):
     """One learned table (or, for a continuous attribute, one linear map of polynomial features) an attribute, summed.
 
@@ -75,7 +81,6 @@ class LabelEncoder(ModelMixin, ConfigMixin):
         return torch.einsum("bj,bjd->bd", powers, total.unflatten(1, (3, self.width)))
 
     def _log_gamma(self, gamma: torch.Tensor | float | None, batch_size: int) -> torch.Tensor:
-        """(B, 1) log gamma, scaled so that the trained range is [-1, 1]; gamma = 1 where it is not given."""
-        low, high = (torch.tensor(float(g)).log().item() for g in self.config.gamma_range)
+        """(B, 1), see `place_in_range`; gamma = 1 where it is not given."""
         gamma = torch.as_tensor(1.0 if gamma is None else gamma, dtype=self.tables[0].dtype, device=self.tables[0].device)
-        return ((gamma.log() - low) / (high - low) * 2 - 1).expand(batch_size).unsqueeze(1)
+        return place_in_range(gamma, self.config.gamma_range).expand(batch_size).unsqueeze(1)

@@ -359,15 +359,17 @@ class Environment:
         if self.spread is not None:
             place = 2 * torch.rand(labels.shape, generator=generator, device=device).to(labels) - 1
             labels = labels + place * self.spread[label_rows]
-        gamma = torch.full((size,), float(self.gamma), device=labels.device)
-        if self.gamma_range is not None:
-            low, high = self.gamma_range
-            # stratified: every batch covers the range
-            place = (
-                torch.randperm(size, generator=generator, device=device) + torch.rand(size, generator=generator, device=device)
-            ) / size
-            gamma = (low * (high / low) ** place).to(gamma)
-        return Choice(label_rows, prompt_rows, labels, gamma)
+        return Choice(label_rows, prompt_rows, labels, self.gammas(size, generator))
+
+    def gammas(self, size: int, generator: torch.Generator | None) -> torch.Tensor:
+        """(size,): gamma itself, or log-uniform in the range, stratified, so that every batch covers it."""
+        gamma = torch.full((size,), float(self.gamma), device=self.labels.device)
+        if self.gamma_range is None:
+            return gamma
+        device = generator.device if generator is not None else "cpu"
+        low, high = self.gamma_range
+        place = torch.randperm(size, generator=generator, device=device) + torch.rand(size, generator=generator, device=device)
+        return (low * (high / low) ** (place / size)).to(gamma)
 
     def draw(self, size: int, generator: torch.Generator | None) -> Batch:
         """The batch of a random choice, all of it from one generator."""

@@ -157,8 +157,8 @@ class CTRLTrainer:
         self.log_partition = log_partition
         self.save_images = save_images
         groups = policy.trainable_parameters()
-        # LoRA and the label encoder train in float32 whatever the base is stored in
         trained = [parameter for group in groups.values() for parameter in group]
+        # in float32, whatever the base is stored in
         for parameter in trained:
             parameter.data = parameter.data.float()
         processes.broadcast(parameter.data for parameter in trained)
@@ -267,26 +267,14 @@ class CTRLTrainer:
 
     def _warm_start(self) -> None:
         """The control head's, on the main process, for all."""
-        started = time.perf_counter()
-        with global_generators_kept():
-            seed_global_generators(7_000_003, self.config.seed)
-            self.warmed = processes.on_main(self._warm)
-        processes.broadcast(parameter.data for parameter in self._named.values())
-        self.seconds += time.perf_counter() - started
-
-    def _warm(self) -> dict[str, float]:
-        config = self.config
+        config, started = self.config, time.perf_counter()
         # tiny models on a CPU are drawn many at a time
         at_a_time = max(config.batch_size, AT_A_TIME) if self.accelerator.device.type == "cpu" else config.batch_size
+        size, seed = (config.critic_trajectories, config.critic_updates), config.seed + 7_000_003
         with self.accelerator.autocast():
-            return warm_start(
-                self.policy,
-                self.environment,
-                config.critic_trajectories,
-                config.critic_updates,
-                config.seed + 7_000_003,
-                at_a_time,
-            )
+            self.warmed = processes.on_main(lambda: warm_start(self.policy, self.environment, *size, seed, at_a_time))
+        processes.broadcast(parameter.data for parameter in self._named.values())
+        self.seconds += time.perf_counter() - started
 
     def _tell(self, sentence: str) -> None:
         if self.accelerator.is_main_process:
@@ -601,9 +589,7 @@ class CTRLTrainer:
             self.accelerator.print(f"resumed from {checkpoint.folder} at update {self.update}")
 
     def _check(self, found: Checkpoint) -> list[str]:
-        newer = ("control_head", "critic_trajectories", "critic_updates", "head_learning_rate")
-        defaults = {name: getattr(CTRLConfig, name) for name in newer}
-        return check_resumable(found, self._settings(), self._identity, self._named, LAW, defaults)
+        return check_resumable(found, self._settings(), self._identity, self._named, LAW, asdict(CTRLConfig()))
 
     def _load(self, found: Checkpoint) -> None:
         tensors, state = found.tensors, found.state
@@ -620,7 +606,7 @@ class CTRLTrainer:
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         for name in STATE:
-            setattr(self, name, state.get(name, {}) if name == "warmed" else state[name])  # older checkpoints have none
+            setattr(self, name, state.get(name, getattr(self, name)))  # what an older checkpoint does not have is as at the start
         if found.folder == checkpoint_folder(self._root, self.update):
             self._saved = (self.update, self.monitor.measured_at)
             if self.accelerator.is_main_process:

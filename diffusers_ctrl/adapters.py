@@ -81,7 +81,7 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A whole adapter in memory. lora: layer keys without the component prefix."""
+    """A whole adapter in memory. lora: layer keys without the component prefix; empty where a control head is alone."""
 
     config: AdapterConfig
     lora: dict[str, torch.Tensor]
@@ -431,6 +431,14 @@ def _load_adapter(folder: Path) -> Adapter:
     if foreign := [key for key in lora if not key.startswith(prefix)]:
         raise ValueError(f"{folder / LORA_NAME} has keys that do not start with {shorten(prefix)}: {shorten(foreign[:3])}.")
     label_encoder = _read_model(folder, "label_encoder", LabelEncoder)
+    alone = label_encoder.control_head is not None and label_encoder.control_head.alone
+    if alone != (not lora):
+        has, what = (
+            ("has", "though the control head of label_encoder/ is alone")
+            if alone
+            else ("has no", "and no control head that is alone")
+        )
+        raise ValueError(f"{folder / LORA_NAME} {has} LoRA weights, {what}: they are not of one adapter.")
     classifier = _read_model(folder, "classifier", Classifier) if (folder / "classifier").is_dir() else None
     try:
         space = LabelSpace.from_dict(config.label_space)

@@ -40,7 +40,9 @@ class CTRLConfig:
     gamma_range: list[float] | None = option(None, "LOW HIGH: train for all gamma in between (log-uniform), chosen at the call.")
     label_bins: int = option(5, "A continuous attribute is drawn from so many equal intervals alike, and judged at their centres.")
     label_subsets: bool = option(True, "With several attributes: also train for every subset of them, the others left free.")
-    lora_rank: int = option(16, "Rank of LoRA on each target.")
+    lora_rank: int = option(
+        16, "Rank of LoRA on each target; 0 for none, with a control_head alone: the base's calls then serve the adapter too."
+    )
     lora_targets: list[str] = option(["to_q", "to_k", "to_v", "to_out.0"], "Suffixes of the module names that get LoRA.")
     injection_site: str | None = option(None, "Module path of the time embedding, where it is not found by itself.")
     control_head: int = option(
@@ -170,7 +172,6 @@ class CTRLConfig:
             "global_batch_size",
             "max_updates",
             "num_inference_steps",
-            "lora_rank",
             "critic_updates",
             "label_bins",
             "num_regression_steps",
@@ -186,13 +187,15 @@ class CTRLConfig:
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("control_head", "critic_trajectories"):
+        for name in ("lora_rank", "control_head", "critic_trajectories"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}.")
         if 0 < self.critic_trajectories < 20:
             raise ValueError(
                 f"critic_trajectories must be 0 or at least 20, of which a tenth is held out; got {self.critic_trajectories}."
             )
+        if self.lora_rank == 0 and not self.control_head:
+            raise ValueError("lora_rank = 0 leaves a control head alone, and control_head is 0: give its width, 512.")
         if self.critic_trajectories and not self.control_head:
             raise ValueError(f"critic_trajectories = {self.critic_trajectories} needs a control_head to warm: give its width, 512.")
         if self.kl_limit is not None and not (self.kl_limit > 0 and self.eval_every):

@@ -56,7 +56,8 @@ class StrengthHook(ModelHook):
     """On the denoiser itself: runs base + Σ strength · (tuned − base), and the base alone on steps that have no noise.
 
     With nothing active the denoiser is the base, bit for bit. One forward of the base and one an active adapter; the base's is
-    spared where a single adapter has strength 1, unless `keeps_base` asks for the base's output beside (`base_output`).
+    spared where a single adapter has strength 1, unless `keeps_base` asks for the base's output beside (`base_output`). An adapter whose control
+    head is alone needs the base's only.
     """
 
     def __init__(self) -> None:
@@ -98,7 +99,10 @@ class StrengthHook(ModelHook):
         active = tuple(one for one in active if not _is(one.strength, 0.0))
         if not active:
             return base
-        tuned = [self._tuned(one, given, *args, **kwargs) for one in active]
+        # those first: another adapter's call would leave them another time embedding
+        first_ones = sorted(active, key=lambda one: not one.control.label.is_alone)
+        found = {one.control.name: self._beside(base, one, given, *args, **kwargs) for one in first_ones}
+        tuned = [found[one.control.name] for one in active]
         if len(active) == 1 and not isinstance(active[0].strength, torch.Tensor):
             if active[0].strength == 1.0:
                 return tuned[0]
@@ -114,6 +118,18 @@ class StrengthHook(ModelHook):
     def _base(self, *args, **kwargs):
         with lora_chosen(self.layers, self.controls, None):
             return self.fn_ref.original_forward(*args, **kwargs)
+
+    def _beside(self, base, one: Active, given: tuple[bool, ...], *args, **kwargs):
+        """`_tuned`, where the base's answer to the same call is at hand."""
+        label = one.control.label
+        if not label.is_alone:
+            return self._tuned(one, given, *args, **kwargs)
+        if any(given):
+            label.embedding, label.guided = one.embedding, given
+        try:
+            return with_first(base, label.corrected(state_of(args, kwargs), first(base)))
+        finally:
+            label.embedding = label.time = None
 
     def _tuned(self, one: Active, given: tuple[bool, ...], *args, **kwargs):
         label, name = one.control.label, one.control.name
@@ -178,7 +194,8 @@ def add_control(
     # and peft switches the adapters that are there off for the new one: a user's own LoRA stays on
     active = {module: module._active_adapter for module in denoiser.modules() if isinstance(module, BaseTunerLayer)}
     try:
-        load_lora_state_dict(denoiser, lora, name)
+        if lora:
+            load_lora_state_dict(denoiser, lora, name)
         try:
             label = add_label_hook(denoiser, injection_site, name, head)
         except ValueError:

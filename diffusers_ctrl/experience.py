@@ -16,7 +16,7 @@ import torch
 
 from .policy import Policy
 from .randomness import RandomSource
-from .rollouts import Batch, Sampler, base_transition, tuned_transition
+from .rollouts import Batch, Sampler, base_transition, both_transitions
 from .transitions import Transition
 
 
@@ -167,11 +167,10 @@ def collect(
     """
     x, states, following, tuned_steps, base_steps, kls, features = batch.noise, [], [], [], [], [], []
     for k in range(len(sampler.timesteps)):
-        base = base_transition(policy, sampler, batch, k, x)
         if k not in sampler.noisy_steps:
-            x = base.mean
+            x = base_transition(policy, sampler, batch, k, x).mean
             continue
-        taken = tuned_transition(policy, sampler, batch, k, x)
+        taken, base = both_transitions(policy, sampler, batch, k, x)
         if lookahead is not None:
             if taken.denoised is None:
                 name = type(sampler.scheduler).__name__

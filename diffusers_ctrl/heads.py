@@ -3,6 +3,9 @@
 LoRA and a label in the time embedding can only bend what the base computes. Where a control depends on the whole image in a way that the base
 has no feature for (how much ink there is in all), they learn it slowly; a perceptron that sees the state and the base's answer to it learns it fast, at a
 few per cent of a call. It works on a coarse grid, whatever the size of the states: fine detail stays the denoiser's.
+
+A head may also be *alone*: no LoRA, no label in the time embedding. The denoiser then answers as the base does, so that one call of it serves
+the tuned model and the base, and any number of labels.
 """
 
 from __future__ import annotations
@@ -35,9 +38,11 @@ def seen(x: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
 
 
 def check_head(head: object) -> None:
-    """Raises ValueError unless this is {"grid": [C, h, w], "width"} of positive whole numbers."""
-    if not isinstance(head, dict) or set(head) != {"grid", "width"} or not isinstance(head["grid"], (list, tuple)):
-        raise ValueError('head must be {"grid": [C, h, w], "width": number}.')
+    """Raises ValueError unless this is {"grid": [C, h, w], "width"} of positive whole numbers, with "alone": true where it is."""
+    if not isinstance(head, dict) or set(head) - {"alone"} != {"grid", "width"} or not isinstance(head["grid"], (list, tuple)):
+        raise ValueError('head must be {"grid": [C, h, w], "width": number}, and may have "alone": true.')
+    if head.get("alone", True) is not True:
+        raise ValueError(f"head's alone must be true, or left out; got {str(head['alone'])[:80]}.")
     numbers = [*head["grid"], head["width"]]
     if len(numbers) != 4 or any(type(number) is not int or number < 1 for number in numbers):
         raise ValueError(f"head must have three positive whole numbers as grid and one as width; got {str(numbers)[:80]}.")
@@ -50,11 +55,12 @@ class ControlHead(nn.Module):
 
     Args:
         grid: (C, h, w), see `coarse_grid`. width: of the hidden layers. time_dim: of the denoiser's time embedding.
+        alone: nothing else tells the denoiser of the label: what it answers is the base's output.
     """
 
-    def __init__(self, grid: tuple[int, int, int], width: int, time_dim: int) -> None:
+    def __init__(self, grid: tuple[int, int, int], width: int, time_dim: int, alone: bool = False) -> None:
         super().__init__()
-        self.grid = tuple(grid)
+        self.grid, self.alone = tuple(grid), alone
         size = grid[0] * grid[1] * grid[2]
         self.state, self.middle, self.last = nn.Linear(2 * size, width), nn.Linear(width, width), nn.Linear(width, width)
         self.time = nn.Linear(time_dim, 3 * width)

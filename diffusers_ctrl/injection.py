@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from .heads import ControlHead
+from .heads import LABEL_WIDTH, ControlHead
 
 
 SITE_NAMES = ("time_embedding", "timestep_embedder", "time_embedder")
@@ -99,6 +99,11 @@ class LabelInput:
         self.guided: tuple[bool, ...] = (False, True)
         self.time: torch.Tensor | None = None
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether the denoiser itself is told nothing: all is the control head's."""
+        return self.head is not None and self.head.alone
+
     def rows(self, output: torch.Tensor) -> torch.Tensor:
         """The embedding for an output (B, *), in its dtype and on its device."""
         embedding = self.embedding.to(output)
@@ -113,7 +118,7 @@ class LabelInput:
         if self.head is None or self.embedding is None:
             return output
         self.head.to(output.device)
-        return self.head(sample, output, self.time.expand(len(output), -1), self.rows(output)[:, self.time.shape[1] :])
+        return self.head(sample, output, self.time.expand(len(output), -1), self.rows(output)[:, -LABEL_WIDTH:])
 
 
 def state_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
@@ -131,7 +136,7 @@ class LabelHook(ModelHook):
     def post_forward(self, module: nn.Module, output: torch.Tensor) -> torch.Tensor:
         if self.label.head is not None:
             self.label.time = output.detach()
-        if self.label.embedding is None:
+        if self.label.embedding is None or self.label.is_alone:
             return output
         if not isinstance(output, torch.Tensor) or output.ndim != 2:
             shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
@@ -206,7 +211,9 @@ def lora_layers(denoiser: nn.Module, adapter_name: str = "default") -> dict[str,
 
 
 def lora_state_dict(denoiser: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
-    """LoRA weights, keys as `down_blocks.0….to_q.lora_A.weight`, detached, on the CPU."""
+    """LoRA weights, keys as `down_blocks.0….to_q.lora_A.weight`, detached, on the CPU; none where the adapter has no LoRA."""
+    if not lora_layers(denoiser, adapter_name):
+        return {}
     state = get_peft_model_state_dict(denoiser, adapter_name=adapter_name)
     return {key: value.detach().cpu().contiguous() for key, value in state.items()}
 

@@ -32,7 +32,7 @@ class LabelEncoder(ModelMixin, ConfigMixin):
         embedding_dim: width of the time embedding it is added to.
         gamma_range: (low, high) of the gamma it is trained for, or None if gamma is fixed.
         head: {"grid": [C, h, w], "width"} of a control head (heads.py), or None for none. The embedding is then LABEL_WIDTH longer: that end
-            of it is the head's.
+            of it is the head's. With "alone": true it is nothing else: nothing is added to the time embedding.
     """
 
     CONTINUOUS_DEGREE = 3
@@ -52,15 +52,16 @@ class LabelEncoder(ModelMixin, ConfigMixin):
         self.gamma_terms = 1 if gamma_range is None else 3
         if head is not None:
             check_head(head)
-        self.width = embedding_dim + (0 if head is None else LABEL_WIDTH)
+        alone = head is not None and "alone" in head
+        self.width = (0 if alone else embedding_dim) + (0 if head is None else LABEL_WIDTH)
         self.tables = nn.ParameterList()
         for attribute in self.label_space.attributes.values():
             rows = len(attribute.names) if isinstance(attribute, Categorical) else self.CONTINUOUS_DEGREE + 1
             self.tables.append(nn.Parameter(torch.zeros(rows, self.gamma_terms * self.width)))
-        self.control_head = None if head is None else ControlHead(tuple(head["grid"]), head["width"], embedding_dim)
+        self.control_head = None if head is None else ControlHead(tuple(head["grid"]), head["width"], embedding_dim, alone)
 
     def forward(self, labels: torch.Tensor, gamma: torch.Tensor | float | None = None) -> torch.Tensor:
-        """(B, A) labels, NaN where not given, and (B,) gamma -> (B, embedding_dim), LABEL_WIDTH longer with a head."""
+        """(B, A) labels, NaN where not given, and (B,) gamma -> (B, embedding_dim), LABEL_WIDTH longer with a head, or that alone."""
         dtype, device = self.tables[0].dtype, self.tables[0].device
         labels = labels.to(device)
         total = torch.zeros(len(labels), self.gamma_terms * self.width, dtype=dtype, device=device)

@@ -38,7 +38,7 @@ from .experience import Experience, LogLikelihood, checked, collect
 from .paths import StepLosses, backwards, gradients, parts, scales_losses, walk
 from .policy import Policy
 from .randomness import RandomSource
-from .rollouts import Batch, Sampler, base_transition, rollout, tuned_transition
+from .rollouts import Batch, Sampler, base_transition, both_transitions, rollout, tuned_transition
 from .transitions import sum_but_first
 
 
@@ -132,11 +132,15 @@ def _recomputed_backprop(
         with torch.enable_grad():
             if k not in sampler.noisy_steps:
                 return gradients([base_transition(policy, sampler, own, k, x).mean], [x], [adjoint]) if k > first else []
-            taken = tuned_transition(policy, sampler, own, k, x)
+            base = None
+            if k in priced:
+                taken, base = both_transitions(policy, sampler, own, k, x)
+            else:
+                taken = tuned_transition(policy, sampler, own, k, x)
             noise = ((following - taken.mean) / taken.std).detach()
             outputs, weights = [taken.sample(noise=noise)], [adjoint]
-            if k in priced:
-                step_kl = scale * taken.kl(base_transition(policy, sampler, own, k, x))
+            if base is not None:
+                step_kl = scale * taken.kl(base)
                 outputs, weights = [step_kl, *outputs], [torch.ones_like(step_kl), *weights]
                 kl[rows] += step_kl.detach()
         inputs = [*losses.roots, x] if k > first else losses.roots

@@ -284,7 +284,7 @@ class CTRLPipeline(DiffusionPipeline):
             ValueError: for an unknown label or naming, or a time embedding into which no label can be put; nothing is written then.
         """
         adapter = self._collect(adapter_name)
-        if label is None:
+        if label is None and adapter.lora:
             return write_lora(file, adapter.lora, adapter.config.denoiser, naming)
         check_exportable(adapter)
         with self._without_adapters():

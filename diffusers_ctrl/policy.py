@@ -42,7 +42,7 @@ class Policy(nn.Module):
         denoiser: any module with the call `denoiser(sample, timestep, ...)` returning a tensor, or an object with `.sample`.
         label_encoder: built from `label_space` if not given.
         label_space: needed when no label encoder is given.
-        lora_rank, lora_targets: where LoRA goes; `lora_rank=None` if the denoiser already carries it.
+        lora_rank, lora_targets: where LoRA goes; `lora_rank=None` if the denoiser already carries it, 0 for none, with a control head alone.
         injection_site: module path of the time embedding, where it has an unusual name.
         guidance_scale: classifier-free guidance; 1 means none (and half the cost).
         checkpointing: recompute each denoiser call during backward instead of keeping its activations, where a gradient flows. A whole
@@ -70,13 +70,24 @@ class Policy(nn.Module):
         self.injection_site, site = find_injection_site(denoiser, injection_site)
         if control_head and shape is None:
             raise ValueError("A policy with a control_head needs shape: (C, H, W) of a state.")
+        if lora_rank == 0 and not control_head and label_encoder is None:
+            raise ValueError("lora_rank = 0 leaves a control head alone, and there is none: give its width, control_head=512.")
         if label_encoder is None:
             if label_space is None:
                 raise ValueError("Policy needs a label_encoder, or a label_space to build one from.")
             head = {"grid": list(coarse_grid(shape)), "width": control_head} if control_head else None
+            if head is not None and lora_rank == 0:
+                head["alone"] = True
             label_encoder = LabelEncoder(label_space.to_dict(), site_width(site), gamma_range, head)
-        if lora_rank is not None:
+        self.shares_base = label_encoder.control_head is not None and label_encoder.control_head.alone
+        if self.shares_base and (lora_rank or lora_layers(denoiser)):
+            raise ValueError(
+                "This label encoder's control head is alone, and LoRA is not for it: lora_rank=0, on a denoiser without any."
+            )
+        if lora_rank:
             add_lora(denoiser, lora_rank, lora_targets)
+        elif lora_rank == 0:
+            denoiser.requires_grad_(False)
         self.denoiser = denoiser
         self.label_encoder = label_encoder
         self.guidance_scale = guidance_scale
@@ -86,6 +97,7 @@ class Policy(nn.Module):
         self._lora = list(self._lora_layers.values())
         self._merged: dict[str, torch.Tensor] | None = None
         self._noted: list[Answer] | None = None
+        self._noted_graph = False
         self._known: Iterator[Answer] | None = None
 
     @property
@@ -127,6 +139,24 @@ class Policy(nn.Module):
         """The pre-trained model's guided output, bit for bit; gradients flow to `sample` only."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and sample.requires_grad):  # nothing else in it has a gradient
             return self._call(self._base, sample, timestep, prompt_embeds, null_embeds)
+
+    def both(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | int,
+        labels: torch.Tensor,
+        gamma: torch.Tensor | float | None = None,
+        prompt_embeds: torch.Tensor | Condition | None = None,
+        null_embeds: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward` and `reference`: by one call of the denoiser where the control head is alone, but for calls that are recomputed."""
+        if not self.shares_base or (self.checkpointing and torch.is_grad_enabled()):
+            tuned = self(sample, timestep, labels, gamma, prompt_embeds, null_embeds)
+            return tuned, self.reference(sample, timestep, prompt_embeds, null_embeds)
+        with self.noted(graph=True) as answers:
+            tuned = self(sample, timestep, labels, gamma, prompt_embeds, null_embeds)
+        with self.known(answers):
+            return tuned, self.reference(sample, timestep, prompt_embeds, null_embeds)
 
     @contextmanager
     def uncheckpointed(self) -> Iterator[None]:
@@ -239,15 +269,15 @@ class Policy(nn.Module):
             else:
                 output = first(functional_call(self.denoiser, weights, args, kwargs))
             if self._noted is not None:
-                self._noted.append((output.detach(), hook.time))
+                self._noted.append((output if self._noted_graph else output.detach(), hook.time))
             return hook.corrected(state_of(args, kwargs), output)
         finally:
             hook.embedding = hook.time = None
 
     @contextmanager
-    def noted(self) -> Iterator[list[Answer]]:
-        """Within the block the list gets what the denoiser itself answers, call by call, without a graph."""
-        self._noted = []
+    def noted(self, graph: bool = False) -> Iterator[list[Answer]]:
+        """Within the block the list gets what the denoiser itself answers, call by call; its graph only if asked for."""
+        self._noted, self._noted_graph = [], graph
         try:
             yield self._noted
         finally:
@@ -263,9 +293,10 @@ class Policy(nn.Module):
             self._known = None
 
     def trainable_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """{"lora": [...], "label_encoder": [...]}, and {"control_head": [...]} where there is one: the groups that training moves."""
+        """{"lora": [...], "label_encoder": [...], "control_head": [...]}, those that there are: the groups that training moves."""
         encoder = self.label_encoder
-        groups = {"lora": [p for p in self.denoiser.parameters() if p.requires_grad], "label_encoder": list(encoder.tables)}
+        groups = {} if self.shares_base else {"lora": [p for p in self.denoiser.parameters() if p.requires_grad]}
+        groups["label_encoder"] = list(encoder.tables)
         return groups if encoder.control_head is None else groups | {"control_head": list(encoder.control_head.parameters())}
 
     def lora_up(self) -> list[torch.Tensor]:

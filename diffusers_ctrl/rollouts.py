@@ -188,6 +188,14 @@ def base_transition(policy: Policy, sampler: Sampler, batch: Batch, k: int, x: t
     return sampler.transition(policy.reference(sampler.model_input(t, x), t, batch.prompt_embeds, batch.null_embeds), t, x)
 
 
+def both_transitions(policy: Policy, sampler: Sampler, batch: Batch, k: int, x: torch.Tensor) -> tuple[Transition, Transition]:
+    """The tuned model's and the base's, by one call of the denoiser where a control head is alone. Only for a step that has noise."""
+    t = sampler.timesteps[k]
+    outputs = policy.both(sampler.model_input(t, x), t, batch.labels, batch.gamma, batch.prompt_embeds, batch.null_embeds)
+    tuned, base = (sampler.transition(output, t, x) for output in outputs)
+    return tuned, base
+
+
 def rollout(
     policy: Policy,
     sampler: Sampler,
@@ -222,14 +230,15 @@ def rollout(
             if k not in sampler.noisy_steps or not tuned:
                 taken = base_transition(policy, sampler, batch, k, x)
                 following = taken.mean if taken.is_deterministic else taken.sample(generator)
+            elif (with_grad or reference) and (priced is None or k in priced):
+                taken, base = both_transitions(policy, sampler, batch, k, x)
+                following = taken.sample(generator)
+                kl = kl + taken.kl(base)
+                with torch.no_grad():
+                    log_ratio += taken.log_ratio(base, following)
             else:
                 taken = tuned_transition(policy, sampler, batch, k, x)
                 following = taken.sample(generator)
-                if (with_grad or reference) and (priced is None or k in priced):
-                    base = base_transition(policy, sampler, batch, k, x)
-                    kl = kl + taken.kl(base)
-                    with torch.no_grad():
-                        log_ratio += taken.log_ratio(base, following)
         x = following
         states.append(x)
         stds.append(taken.std)

@@ -139,6 +139,7 @@ def tiny_policy(
     checkpointing: bool = False,
     gamma_range: tuple[float, float] | None = None,
     control_head: int = 0,
+    lora_rank: int = 2,
 ) -> Policy:
     """A U-Net of a few thousand weights in float64, of three labels; `perturb` moves all that is trained."""
     torch.manual_seed(0)
@@ -157,7 +158,7 @@ def tiny_policy(
     policy = Policy(
         unet,
         label_space=LabelSpace(kind=Categorical(("a", "b", "c"))),
-        lora_rank=2,
+        lora_rank=lora_rank,
         lora_targets=["to_q", "to_v", "conv1", "time_emb_proj"],
         guidance_scale=guidance_scale,
         checkpointing=checkpointing,

@@ -100,7 +100,7 @@ def print_dry_run(trainer: CTRLTrainer, task: TaskConfig) -> dict[str, Any]:
     warm = " and the warm start of the control head" if config.critic_trajectories else ""
     where = "allocated on the GPU" if device.type == "cuda" else "of the process"
     tqdm.write(f"""
-trainable      {parameters["lora"]:,} parameters of LoRA, {parameters["label_encoder"]:,} of the label encoder{head}; {frozen:,} are frozen
+trainable      {parameters.get("lora", 0):,} parameters of LoRA, {parameters["label_encoder"]:,} of the label encoder{head}; {frozen:,} are frozen
 an update      {trainer.batch_size} trajectories of {config.num_inference_steps} steps, {config.objective}, {len(trainer.environment.labels)} labels
 memory         {peak / 2**30:.2f} GiB {where} at most, {built / 2**30:.2f} GiB before the first update
 time           {found["seconds_per_update"]:.3g} s an update{f", {found['seconds_per_coarse_update']:.3g} s a coarse one" if config.coarse_updates else ""}

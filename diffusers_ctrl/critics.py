@@ -6,8 +6,9 @@ The optimum of J (objectives.py) moves each step of the base by
 
 to first order in the step's size. h is the base's own, whatever the policy: a perceptron fitted to the states of base trajectories, whose ends' p̂ is
 known, finds it without any reinforcement learning (the minimizer of binary cross-entropy against p̂^gamma in [0, 1] is its expectation). The control head is
-then regressed on that control: a target without noise, where a trajectory's own adjoint is mostly noise, and without calls of the denoiser,
-whose answers are kept. What first order and the perceptron leave over is the objective's to learn: nothing here enters the certificate.
+then regressed on that control, on the same trajectories: a target without noise, where a trajectory's own adjoint is mostly noise, and without calls of
+the denoiser, whose answers are kept. Drawn in proportion to p̂^gamma, base trajectories are those of the exact law (paper, section 3), where the head
+is to be right. What first order and the perceptron leave over is the objective's to learn: nothing here enters the certificate.
 """
 
 from __future__ import annotations
@@ -26,15 +27,16 @@ from .heads import LABEL_WIDTH, coarse_grid, seen
 from .label_encoder import place_in_range
 from .policy import Answer, Policy
 from .randomness import global_generators_kept, seed_global_generators
-from .rollouts import Batch, Environment, base_transition, rollout, tuned_transition
+from .rollouts import Batch, Choice, Environment, base_transition, tuned_transition
 from .transitions import Transition, sum_but_first
 
 
-HIDDEN = 512
+HIDDEN, DROPOUT = 512, 0.3
 AT_A_TIME, FIT_BATCH, ROWS_A_STEP, STEPS_AT_A_TIME = 250, 512, 100, 5
 FIT_RATE, HEAD_RATE, TABLE_RATE, WARM_UP = 1e-3, 2e-3, 1e-2, 10
 LOOKS = 20  # at the held-out loss, in a fit
-STEERED, KEPT = 0.6, 4_000  # share of the kept trajectories that the critic steers; how many are kept at most
+KEPT = 4_000  # trajectories whose answers are kept, at most
+EXACT = 0.7  # share of the head's lessons that are at the exact law's states; the rest at any
 
 
 class Critic(nn.Module):
@@ -52,7 +54,7 @@ class Critic(nn.Module):
         )
         self.level, self.prompt = nn.Embedding(levels, 3 * HIDDEN), nn.Embedding(prompts, HIDDEN)
         self.gamma = nn.Linear(2, HIDDEN, bias=False)
-        self.out = nn.Linear(HIDDEN, labels)
+        self.out, self.dropped = nn.Linear(HIDDEN, labels), nn.Dropout(DROPOUT)
         for embedding in (self.level, self.prompt):
             nn.init.normal_(embedding.weight, std=0.3)
 
@@ -67,31 +69,23 @@ class Critic(nn.Module):
         if self.gamma_range is not None:
             place = place_in_range(gamma.float(), self.gamma_range).unsqueeze(1)
             shift = shift + self.gamma(torch.cat([place, place.square()], dim=1))
-        hidden = F.silu(self.state(x) * (1 + scale) + shift)
-        hidden = hidden + F.silu(self.middle(hidden) + shift2)
-        hidden = hidden + F.silu(self.last(hidden))
+        hidden = self.dropped(F.silu(self.state(x) * (1 + scale) + shift))
+        hidden = hidden + self.dropped(F.silu(self.middle(hidden) + shift2))
+        hidden = hidden + self.dropped(F.silu(self.last(hidden)))
         return self.out(hidden)
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Base trajectories: their states on the coarse grid (K + 1, n, C·h·w), prompt rows (n,), log p̂ of each label at their ends (n, M) nats."""
+    """Base trajectories: their states on the coarse grid (K + 1, n, C·h·w), prompt rows (n,), log p̂ of each label at their ends (n, M) nats.
+
+    kept: {noisy step k: states (m, C, H, W), what the denoiser answered to them} of the first m trajectories, on the CPU.
+    """
 
     states: torch.Tensor
     prompts: torch.Tensor
     scores: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Visited:
-    """States x_k of one step to learn from: their batch, what the denoiser answered, the mean of the base's step, the control to learn."""
-
-    k: int
-    batch: Batch
-    x: torch.Tensor
-    answers: list[Answer]
-    mean: torch.Tensor
-    target: torch.Tensor
+    kept: dict[int, tuple[torch.Tensor, list[Answer]]]
 
 
 def check_critic(environment: Environment, policy: Policy) -> None:
@@ -122,22 +116,47 @@ def _parts(total: int, environment: Environment, generator: torch.Generator, at_
 
 @torch.no_grad()
 def base_pool(policy: Policy, environment: Environment, count: int, generator: torch.Generator, at_a_time: int = AT_A_TIME) -> Pool:
-    """`count` base trajectories, their ends scored for every label.
+    """`count` base trajectories, their ends scored for every label; of at most KEPT of them also what the denoiser answered.
 
     Raises:
         ValueError: where log p̂ is not a log-probability.
     """
-    parts, grid = [], coarse_grid(environment.shape)
+    sampler, grid = environment.sampler, coarse_grid(environment.shape)
+    parts, kept, left = [], {k: [] for k in sampler.noisy_steps}, KEPT
     for batch in _parts(count, environment, generator, at_a_time, "critic: base samples"):
-        states = rollout(policy, environment.sampler, batch, generator, tuned=False).states
-        scores = environment.log_likelihoods(states[-1]).float()
+        x, states = batch.noise, [seen(batch.noise.float(), grid)]
+        for k in range(len(sampler.timesteps)):
+            with policy.noted() as answers:
+                base = base_transition(policy, sampler, batch, k, x)
+            if left > 0 and k in kept:
+                kept[k].append((x.cpu(), [(output.cpu(), time.cpu()) for output, time in answers]))
+            x = base.mean if base.is_deterministic else base.sample(generator)
+            states.append(seen(x.float(), grid))
+        left -= len(batch)
+        scores = environment.log_likelihoods(x).float()
         if wrong := int((~scores.isfinite() | (scores > 1e-4)).sum()):
             raise ValueError(
                 f"critic_trajectories needs log-probabilities, finite and at most 0: {wrong} of {scores.numel()} that the reward gave are not."
             )
-        parts.append((torch.stack([seen(x.float(), grid) for x in states]), batch.prompts, scores))
+        parts.append((torch.stack(states), batch.prompts, scores))
     states, *rows = zip(*parts, strict=True)
-    return Pool(torch.cat(states, dim=1), *(torch.cat(column) for column in rows))
+    return Pool(torch.cat(states, dim=1), *(torch.cat(column) for column in rows), {k: _joined(parts) for k, parts in kept.items()})
+
+
+def _joined(parts: list[tuple[torch.Tensor, list[Answer]]]) -> tuple[torch.Tensor, list[Answer]]:
+    """States and answers of several batches as those of one."""
+    states, calls = zip(*parts, strict=True)
+
+    def joined(values: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Each is (n, …), or (2n, …) of a guided batch, half after half."""
+        halves = len(values[0]) // len(states[0])
+        return torch.cat([value.unflatten(0, (halves, -1)) for value in values], dim=1).flatten(0, 1)
+
+    answers = []
+    for call in zip(*calls, strict=True):
+        outputs, times = zip(*call, strict=True)
+        answers.append((joined(outputs), times[0] if len(times[0]) == 1 else joined(times)))
+    return torch.cat(states), answers
 
 
 def fit_critic(environment: Environment, pool: Pool, updates: int, generator: torch.Generator) -> tuple[Critic, float]:
@@ -163,6 +182,7 @@ def fit_critic(environment: Environment, pool: Pool, updates: int, generator: to
         )
 
     best, kept = math.inf, {}
+    critic.train()
     for update in (bar := tqdm(range(1, updates + 1), desc="critic: fit", unit="update")):
         rows = fitted[torch.randint(len(fitted), (FIT_BATCH,), generator=generator, device=device)]
         loss = loss_of(rows, torch.randint(levels, (FIT_BATCH,), generator=generator, device=device))
@@ -171,8 +191,10 @@ def fit_critic(environment: Environment, pool: Pool, updates: int, generator: to
         optimizer.step()
         schedule.step()
         if update % max(1, updates // LOOKS) == 0:
+            critic.eval()
             with torch.no_grad():
                 found = (sum(loss_of(held, torch.full_like(held, level)) for level in range(levels)) / levels).item()
+            critic.train()
             if found < best:
                 best, kept = found, {name: value.clone() for name, value in critic.state_dict().items()}
             bar.set_postfix(fitted=f"{loss.item():.3f}", held_out=f"{found:.3f}", best=f"{best:.3f}", refresh=False)
@@ -193,34 +215,25 @@ def critic_control(critic: Critic, base: Transition, k: int, batch: Batch) -> to
     return torch.as_tensor(base.std).to(gradient) * gradient
 
 
-@torch.no_grad()
-def visits(
-    policy: Policy, environment: Environment, critic: Critic, count: int, generator: torch.Generator, at_a_time: int = AT_A_TIME
-) -> list[Visited]:
-    """The states of `count` trajectories of the base, most of them steered by the critic, with what there is to learn at each; on the CPU."""
-    sampler, found = environment.sampler, []
-    for batch in _parts(count, environment, generator, at_a_time, "critic: states"):
-        x = batch.noise
-        draw = torch.rand(len(batch), generator=generator, device=x.device)
-        steered = (draw < STEERED).view(-1, *[1] * (x.ndim - 1))
-        for k in range(len(sampler.timesteps)):
-            with policy.noted() as answers:
-                base = base_transition(policy, sampler, batch, k, x)
-            if k not in sampler.noisy_steps:
-                x = base.mean
-                continue
-            target = critic_control(critic, base, k, batch)
-            kept = [(output.cpu(), time.cpu()) for output, time in answers]
-            found.append(Visited(k, batch, x.cpu(), kept, base.mean.cpu(), target.cpu()))
-            noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-            x = base.mean + base.std * (torch.where(steered, target, 0.0).to(noise) + noise)
-    return found
+def _lesson(environment: Environment, pool: Pool, rows: int, generator: torch.Generator) -> tuple[torch.Tensor, Batch]:
+    """Which of the kept trajectories to learn from, (rows,), and for which labels and gammas: most in proportion to p̂^gamma."""
+    scores = pool.scores[: len(next(iter(pool.kept.values()))[0])]
+    device = scores.device
+    label_rows = torch.randint(scores.shape[1], (rows,), generator=generator, device=device)
+    gamma = environment.gammas(rows, generator)
+    weights = (gamma.unsqueeze(1) * scores.T[label_rows]).softmax(dim=1)
+    exact = torch.rand(rows, 1, generator=generator, device=device) < EXACT
+    chosen = torch.where(exact, weights, 1 / len(scores)).multinomial(1, generator=generator).squeeze(1)
+    prompts = pool.prompts[chosen]
+    batch = environment.start(Choice(label_rows, prompts, environment.labels[label_rows], gamma), generator)
+    return chosen, replace(batch, label_rows=label_rows, prompts=prompts)
 
 
-def learn_control(policy: Policy, environment: Environment, found: list[Visited], updates: int, seed: int) -> float:
-    """Regresses the control head on the targets, Σ_k ½‖u_k − target‖² nats; LoRA and the label in the time embedding stay as they are.
-
-    An update has as many rows whether the states were drawn many at a time or few.
+def learn_control(
+    policy: Policy, environment: Environment, critic: Critic, pool: Pool, updates: int, generator: torch.Generator
+) -> float:
+    """Regresses the control head on the critic's control at kept states, Σ_k ½‖u_k − target‖² nats; LoRA and the label in the time embedding
+    stay as they are, and the denoiser is not called.
 
     Returns:
         That loss, as it was at the end.
@@ -232,20 +245,21 @@ def learn_control(policy: Policy, environment: Environment, found: list[Visited]
         [{"params": groups[name], "lr": rate} for name, rate in rates.items()], betas=(0.9, 0.99), weight_decay=0.0
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, WARM_UP, updates)
-    generator, smooth = torch.Generator().manual_seed(seed), None  # the states are on the CPU, and so is their choice
-    places = STEPS_AT_A_TIME * -(-ROWS_A_STEP // min(ROWS_A_STEP, len(found[0].x)))
-    scale = len(sampler.noisy_steps) / places
+    smooth, noisy = None, list(pool.kept)
     for update in (bar := tqdm(range(updates), desc="critic: control head", unit="update")):
         loss = torch.zeros((), device=device)
-        for place in torch.randint(len(found), (places,), generator=generator).tolist():
-            one = found[place]
-            rows = torch.randperm(len(one.x), generator=generator)[:ROWS_A_STEP]
-            x, mean, target = (value[rows].to(device) for value in (one.x, one.mean, one.target))
-            answers = [_of_rows(answer, rows, len(one.x), device) for answer in one.answers]
-            with policy.uncheckpointed(), policy.known(answers):
-                taken = tuned_transition(policy, sampler, one.batch[rows.to(device)], one.k, x)
-            apart = (taken.mean.float() - mean.float()) / taken.std - target
-            loss = loss + scale * sum_but_first(apart.square()).mean() / 2
+        for place in torch.randint(len(noisy), (STEPS_AT_A_TIME,), generator=generator, device=device).tolist():
+            k, (states, answers) = noisy[place], pool.kept[noisy[place]]
+            chosen, batch = _lesson(environment, pool, ROWS_A_STEP, generator)
+            rows = chosen.cpu()
+            x, own = states[rows].to(device), [_of_rows(answer, rows, len(states), device) for answer in answers]
+            with torch.no_grad(), policy.known(own):
+                base = base_transition(policy, sampler, batch, k, x)
+            target = critic_control(critic, base, k, batch)
+            with policy.uncheckpointed(), policy.known(own):
+                taken = tuned_transition(policy, sampler, batch, k, x)
+            apart = (taken.mean.float() - base.mean.float()) / taken.std - target
+            loss = loss + len(noisy) / STEPS_AT_A_TIME * sum_but_first(apart.square()).mean() / 2
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -267,10 +281,10 @@ def _of_rows(answer: Answer, rows: torch.Tensor, count: int, device: torch.devic
 def warm_start(
     policy: Policy, environment: Environment, trajectories: int, updates: int, seed: int, at_a_time: int = AT_A_TIME
 ) -> dict[str, float]:
-    """Base samples, critic, states, control head: see above. Changes the policy's control head and its label embedding.
+    """Base samples, critic, control head: see above. Changes the policy's control head and its label embedding.
 
     Args:
-        trajectories: base samples that the critic is fitted to; as many, 4,000 at most, give the states. updates: of the critic, and of the head.
+        trajectories: base samples that the critic is fitted to; the first 4,000 give the head's states. updates: of the critic, and of the head.
         at_a_time: trajectories that are drawn together.
 
     Returns:
@@ -286,6 +300,5 @@ def warm_start(
         pool = base_pool(policy, environment, trajectories, generator, at_a_time)
         with torch.autocast(environment.labels.device.type, enabled=False):
             critic, held_out = fit_critic(environment, pool, updates, generator)
-        found = visits(policy, environment, critic, min(trajectories, KEPT), generator, at_a_time)
-        off = learn_control(policy, environment, found, updates, seed)
+        off = learn_control(policy, environment, critic, pool, updates, generator)
     return {"critic_loss": held_out, "head_nats_off": off}

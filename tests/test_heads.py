@@ -15,9 +15,19 @@ from torch import nn
 from diffusers_ctrl import Categorical, CTRLConfig, CTRLPipeline, CTRLTrainer, LabelSpace, Policy
 from diffusers_ctrl.adapters import collect_adapter, load_adapter, save_adapter
 from diffusers_ctrl.checkpoints import checkpoint_folder, read_checkpoint
-from diffusers_ctrl.critics import base_pool, critic_control, fit_critic, learn_control, visits, warm_start
+from diffusers_ctrl.critics import (
+    EXACT,
+    KEPT,
+    _lesson,
+    _of_rows,
+    base_pool,
+    critic_control,
+    fit_critic,
+    learn_control,
+    warm_start,
+)
 from diffusers_ctrl.evaluation import draw_samples
-from diffusers_ctrl.heads import LABEL_WIDTH, ControlHead, coarse_grid
+from diffusers_ctrl.heads import LABEL_WIDTH, ControlHead, coarse_grid, seen
 from diffusers_ctrl.label_encoder import LabelEncoder
 from diffusers_ctrl.objectives import adjoint_matching, direct_backprop
 from diffusers_ctrl.rollouts import Environment, Sampler, base_transition, tuned_transition
@@ -311,16 +321,16 @@ def exact_log_h(environment, k, gamma=1.0):
 
 @pytest.fixture(scope="module")
 def fitted():
-    """(policy, environment, critic, its held-out loss, the generator) for gamma from 1 to 4."""
+    """(policy, environment, critic, its held-out loss, the pool, the generator) for gamma from 1 to 4."""
     policy, environment = normal_problem(gamma_range=(1.0, 4.0))
     generator = torch.Generator().manual_seed(0)
     pool = base_pool(policy, environment, 20_000, generator)
-    return policy, environment, *fit_critic(environment, pool, 300, generator), generator
+    return policy, environment, *fit_critic(environment, pool, 300, generator), pool, generator
 
 
 @pytest.mark.parametrize("gamma", [1.0, 4.0])
 def test_the_critic_is_the_conditional_expectation(fitted, gamma):
-    _, environment, critic, held_out, _ = fitted
+    _, environment, critic, held_out, *_ = fitted
     assert held_out < math.log(2)
     x = torch.linspace(-1.5, 1.5, 7, dtype=torch.float64)
     for k in (1, 4, 7, STEPS):
@@ -331,7 +341,7 @@ def test_the_critic_is_the_conditional_expectation(fitted, gamma):
 
 def test_the_head_that_learned_from_it_has_the_exact_law(fitted):
     """log Z by quadrature, for two gammas; LoRA and the label in the time embedding are left as they were."""
-    policy, environment, critic, _, generator = fitted
+    policy, environment, critic, _, pool, generator = fitted
 
     def gap(gamma):
         found = draw_samples(policy, replace(environment, gamma=gamma), 4000, torch.Generator().manual_seed(1), progress=False)
@@ -350,7 +360,7 @@ def test_the_head_that_learned_from_it_has_the_exact_law(fitted):
     before = [gap(1.0), gap(4.0)]
     lora = [p.clone() for p in policy.trainable_parameters()["lora"]]
     embedding = policy.label_encoder.tables[0].detach().unflatten(1, (3, -1))[..., :-LABEL_WIDTH].clone()
-    off = learn_control(policy, environment, visits(policy, environment, critic, 1000, generator), 250, seed=0)
+    off = learn_control(policy, environment, critic, pool, 250, generator)
     after = [gap(1.0), gap(4.0)]
     assert before[0] > 0.5 and before[1] > 2
     assert -0.02 < after[0] < 0.1 and -0.05 < after[1] < 0.3 and off < 0.1, f"{before} -> {after} nats, {off}"
@@ -459,3 +469,37 @@ def test_a_checkpoint_from_before_there_were_heads(tmp_path):
     del found.state["warmed"]
     again._load(found)
     assert again.update == 1 and again.warmed == {}
+
+
+def test_lessons_are_at_the_exact_laws_states(fitted):
+    """Seven in ten in proportion to p̂^gamma, label and gamma each drawn alike."""
+    _, environment, _, _, pool, generator = fitted
+    chosen, batch = _lesson(environment, pool, 40_000, generator)
+    scores = pool.scores[: len(pool.kept[0][0])].double()
+    assert len(scores) == KEPT and chosen.max() < KEPT
+    for label in (0, 1):
+        for low, high in ((1.0, 1.5), (3.0, 4.0)):
+            rows = (batch.label_rows == label) & (batch.gamma >= low) & (batch.gamma < high)
+            gamma = batch.gamma[rows].double().unsqueeze(1)
+            weights = (gamma * scores[:, label]).softmax(dim=1)
+            expected = (EXACT * weights @ scores[:, label].exp()).mean() + (1 - EXACT) * scores[:, label].exp().mean()
+            found = scores[chosen[rows], label].exp()
+            assert abs(found.mean() - expected) < 5 * found.std() / math.sqrt(len(found))
+            assert expected > scores[:, label].exp().mean() + 0.1
+
+
+def test_kept_answers_are_the_denoisers_own_under_guidance():
+    """Drawn seven at a time, so that each answer is put together of four batches of two halves."""
+    policy, environment = tiny_policy(2.0, control_head=16), tiny_environment(steps=4)
+    generator = torch.Generator().manual_seed(0)
+    pool = base_pool(policy, environment, 25, generator, at_a_time=7)
+    assert list(pool.kept) == list(environment.sampler.noisy_steps)
+    chosen, batch = _lesson(environment, pool, 9, generator)
+    for k, (states, answers) in pool.kept.items():
+        assert len(states) == 25
+        torch.testing.assert_close(seen(states.float(), (2, 4, 4)), pool.states[k], rtol=1e-5, atol=1e-6)
+        x = states[chosen]
+        asked = base_transition(policy, environment.sampler, batch, k, x)
+        with policy.known([_of_rows(answer, chosen, 25, torch.device("cpu")) for answer in answers]):
+            known = base_transition(policy, environment.sampler, batch, k, x)
+        torch.testing.assert_close(known.mean, asked.mean, rtol=1e-5, atol=1e-6)

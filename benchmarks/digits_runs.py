@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -212,6 +213,18 @@ def price_of(trainer: CTRLTrainer, coarse: bool) -> Price:
     trainer.peaks, trainer.baseline = peaks, None
     trainer.optimizer.state.clear()
     return found
+
+
+def warmed(trainer: CTRLTrainer) -> float:
+    """Warms the control head, where the settings say so; its seconds, by the same measure."""
+    if not trainer.config.critic_trajectories:
+        return 0.0
+    calls = [base_step(trainer) for _ in range(20)]
+    started = clock()
+    trainer._warm_start()
+    seconds = clock() - started
+    calls += [base_step(trainer) for _ in range(20)]
+    return seconds / statistics.median(calls) * BASE_STEP
 
 
 def fit_to_seconds(trainer: CTRLTrainer, seconds: float, coarse_share: float) -> Price:

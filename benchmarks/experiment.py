@@ -1,7 +1,7 @@
 """How an experiment of many runs is driven: a YAML file, one JSON a run, and what is there already is not run again.
 
 A file has `variants` (name -> settings), whatever else its runner wants, and under `smoke` what replaces that at toy size, with the names of the
-variants that run then. A run that fails is named at the end and does not keep the others from running.
+variants that run then, or {name: what replaces its settings}. A run that fails is named at the end and does not keep the others from running.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def read(path: Path, smoke: bool) -> dict[str, Any]:
     if not smoke:
         return spec
     if names := small.pop("variants", None):
-        spec["variants"] = {name: spec["variants"][name] for name in names}
+        over = names if isinstance(names, dict) else dict.fromkeys(names, {})
+        spec["variants"] = {name: merged(spec["variants"][name], own) for name, own in over.items()}
     return merged(spec, small)
 
 

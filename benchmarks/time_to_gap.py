@@ -2,7 +2,8 @@
 
     python benchmarks/time_to_gap.py [--only VARIANT …] [--seeds 0 …] [--smoke]      # experiments/time_to_gap.yaml
 
-Same base, classifier, LoRA, batch and optimizer for all; a cosine over each run's own number of updates, which is what fits into the seconds. The gap is
+Same base, classifier, batch and optimizer for all; LoRA, but for `control-head`, whose seconds begin with its warm start; a cosine over each run's own
+number of updates, which is what fits into the seconds (`seconds` of the experiment file, or the variant's own). The gap is
 log Z, from base samples, minus J on fresh trajectories, which are not counted. Seconds are updates times what one costs on a quiet core (`price_of` in
 digits_runs.py). A threshold is reached at the first point below it whose next point is below it too. The last point is measured twice, on
 other noise.
@@ -30,6 +31,7 @@ from digits_runs import (
     fit_to_seconds,
     make_trainer,
     train,
+    warmed,
 )
 from experiment import arguments, run_all
 from official import official_objective
@@ -74,21 +76,23 @@ def run(spec: dict[str, Any], name: str, seed: int, cache: Path) -> dict[str, An
     classifier, _ = cached_classifier(spec["base"], labels, cache, spec["epochs"])
     trainer = make_trainer(spec["base"], classifier, config)
     law = exact_law(base_samples(trainer, spec["base_samples"], cache), trainer.environment)
-    price = fit_to_seconds(trainer, spec["seconds"], settings.get("coarse_share", 0.0))
+    of = {name: settings.get(name, spec[name]) for name in ("seconds", "every", "curve_samples")}
+    warm = warmed(trainer)
+    price = fit_to_seconds(trainer, of["seconds"] - warm, settings.get("coarse_share", 0.0))
     curve: list[Point] = []
 
     def look(update: int) -> None:
-        last, spent = update == config.max_updates, price.of(update, config.coarse_updates)
-        if last or spent >= spec["every"] * (len(curve) + 1):
+        last, spent = update == config.max_updates, warm + price.of(update, config.coarse_updates)
+        if last or spent >= warm + of["every"] * (len(curve) + (warm == 0)):
             for noise in (1, 2) if last else (1,):
-                point = measure(trainer, law, spec["attribute"], spec["curve_samples"], noise)
+                point = measure(trainer, law, spec["attribute"], of["curve_samples"], noise)
                 curve.append({"seconds": spent, "updates": update, **point})
 
     cpu = train(trainer, look)
     times = {f"{level:g}": time_to(curve, level) for level in spec["thresholds"]}
     about = {"settings": {**spec["common"], **settings}, "thresholds": times, "seconds": curve[-1]["seconds"], "seconds_cpu": cpu}
-    about |= {"updates": trainer.update, "coarse_updates": config.coarse_updates, "seconds_an_update": asdict(price), **law}
-    return {**about, "curve_samples": spec["curve_samples"], "curve": curve}
+    about |= {"updates": trainer.update, "seconds_warm_start": warm, "coarse_updates": config.coarse_updates, "seconds_an_update": asdict(price), **law}
+    return {**about, "curve_samples": of["curve_samples"], "curve": curve}
 
 
 def line(record: dict[str, Any]) -> str:

@@ -91,7 +91,13 @@ def run(spec: dict[str, Any], name: str, seed: int, cache: Path) -> dict[str, An
     cpu = train(trainer, look)
     times = {f"{level:g}": time_to(curve, level) for level in spec["thresholds"]}
     about = {"settings": {**spec["common"], **settings}, "thresholds": times, "seconds": curve[-1]["seconds"], "seconds_cpu": cpu}
-    about |= {"updates": trainer.update, "seconds_warm_start": warm, "coarse_updates": config.coarse_updates, "seconds_an_update": asdict(price), **law}
+    about |= {
+        "updates": trainer.update,
+        "seconds_warm_start": warm,
+        "coarse_updates": config.coarse_updates,
+        "seconds_an_update": asdict(price),
+        **law,
+    }
     return {**about, "curve_samples": of["curve_samples"], "curve": curve}
 
 

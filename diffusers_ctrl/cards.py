@@ -330,12 +330,13 @@ def save_card(folder: str | os.PathLike, config: AdapterConfig) -> Path:
         if is_number(metrics.get(name))
     ]
     shared = is_repo_id(config.base["id"])  # a folder of this machine is nobody else's base
+    lora = [] if config.training.get("settings", {}).get("lora_rank") == 0 else ["lora"]
     data = ModelCardData(
         base_model=config.base["id"] if shared else None,
         base_model_relation="adapter" if shared else None,
         library_name="diffusers",
         pipeline_tag=_pipeline_tag(config.pipeline_class),
-        tags=["diffusers_ctrl", "lora", "conditional-control", "reinforcement-learning"],
+        tags=["diffusers_ctrl", *lora, "conditional-control", "reinforcement-learning"],
         license="apache-2.0",
         eval_results=results or None,
         model_name=f"{title} for {config.base['id']}",

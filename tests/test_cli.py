@@ -326,6 +326,26 @@ def test_a_run_for_a_range_of_gamma(gamma_run):
     assert not torch.equal(draw(pipe, label="bold"), draw(pipe, label="bold", gamma=4.0))
 
 
+def test_a_control_head_alone_from_training_to_evaluation(sd_folder, tmp_path, datasets_cache, capsys):
+    import evaluate
+
+    head = {"lora_rank": 0, "control_head": 8, "critic_trajectories": 20, "critic_updates": 2, "merge_lora": True}
+    folder = smoke(sd_folder, tmp_path, **head)
+    adapter = load_adapter(folder)
+    assert adapter.lora == {} and adapter.label_encoder.control_head.alone
+    card = (folder / "README.md").read_text()
+    assert "Its labels need it: it has a control head" in card and "\n- lora\n" not in card
+    pipe = CTRLPipeline.from_pretrained(folder)
+    plain, labelled = draw(pipe, eta=1.0), draw(pipe, label="bold")
+    assert (plain - labelled).abs().max() > 1e-5
+    again = evaluate.main(
+        ["--adapter", str(folder), "--config", str(tmp_path / "smoke.yaml"), "--output_dir", str(tmp_path / "again")]
+    )
+    assert math.isfinite(again["gap"]) and math.isclose(again["kl"], adapter.config.metrics["kl"], rel_tol=1e-3, abs_tol=1e-6)
+    smoke(sd_folder, tmp_path / "dry", "--dry_run", **head)
+    assert " 0 parameters of LoRA" in capsys.readouterr().out
+
+
 def test_evaluation_knows_the_range(gamma_run, sd_folder, tmp_path):
     import evaluate
 

@@ -74,7 +74,8 @@ def adapter_environment(
     settings, base = adapter.config.sampler, adapter.config.base
     pipe = CTRLPipeline.from_pretrained(base["id"], revision=base["revision"]).to(device)
     denoiser = pipe.denoiser.requires_grad_(False)
-    load_lora_state_dict(denoiser, adapter.lora)
+    if adapter.lora:
+        load_lora_state_dict(denoiser, adapter.lora)
     policy = Policy(
         denoiser,
         adapter.label_encoder.to(device),

@@ -129,11 +129,30 @@ def by_rl(module: Any) -> Callable[[Setting, Any, float], Draw]:
     return draw
 
 
+class Strengthened:
+    """A policy with a pipeline's `strength`: base + strength · (tuned − base), at no call more where its control head is alone."""
+
+    def __init__(self, policy: Policy, strength: float) -> None:
+        self.policy, self.strength = policy, strength
+        self.reference, self.merged, self.shares_base = policy.reference, policy.merged, policy.shares_base
+
+    def both(self, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        tuned, base = self.policy.both(*args)
+        return torch.lerp(base, tuned, self.strength), base
+
+    def __call__(self, *args: Any) -> torch.Tensor:
+        return self.both(*args)[0]
+
+
 def ours(particles: int) -> Callable[[Setting, Trained, float], Draw]:
-    """weight: gamma, where the adapter was trained for a range of it. particles: of exact sampling; 1 is one plain call."""
+    """weight: gamma, where the adapter was trained for a range of it, and beyond the range its end with strength weight/end, as a pipeline
+    has both. particles: of exact sampling; 1 is one plain call."""
 
     def make(s: Setting, trained: Trained, weight: float) -> Draw:
-        policy, environment = trained.policy, replace(trained.environment, gamma=weight, gamma_range=None)
+        end = (trained.adapter.config.gamma_range or [weight, weight])[1]
+        policy, environment = trained.policy, replace(trained.environment, gamma=min(weight, end), gamma_range=None)
+        if weight > end:
+            policy = Strengthened(policy, weight / end)
 
         @torch.no_grad()
         def draw(y: torch.Tensor, prompts: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -144,7 +163,8 @@ def ours(particles: int) -> Callable[[Setting, Trained, float], Draw]:
             if s.base.kl is not None:
                 s.base.kl = found.kl
             images = environment.decode(found.sample)
-            s.base.calls["forward"] += len(every) * s.base.steps * (2 if particles > 1 else 1)
+            twice = (particles > 1 or weight > end) and not policy.shares_base
+            s.base.calls["forward"] += len(every) * s.base.steps * (2 if twice else 1)
             if particles == 1:
                 return images
             weights = weight * environment.score(images, batch.labels).double() - found.log_ratio
@@ -162,7 +182,8 @@ METHODS = {
     "CTRL": Method((1, 1.6, 2.5, 4), ours(1), lambda s: s.ours, priced=True),
     "CTRL, 8 particles": Method((1, 2.5, 4), ours(8), lambda s: s.ours),
     "CTRL, trained longer": Method((1, 2, 4, 8), ours(1), lambda s: s.variant("longer"), priced=True, variant="longer"),
-    "CTRL, control head": Method((1, 2, 4, 8), ours(1), lambda s: s.variant("head"), priced=True, variant="head"),
+    "CTRL, control head": Method((1, 2, 4, 8, 12, 16), ours(1), lambda s: s.variant("head"), priced=True, variant="head"),
+    "CTRL, control head, 8 particles": Method((1, 2, 4), ours(8), lambda s: s.variant("head"), variant="head"),
     "CFG fine-tuning": Method((1, 2, 3, 5), with_cfg, fit_cfg),
     "DPS": Method((0.25, 0.5, 1, 2, 4), training_free(dps), priced=True),
     "MPGD": Method((0.05, 0.1, 0.2, 0.4, 0.8, 1.6), training_free(mpgd)),

@@ -17,11 +17,14 @@ from baselines import dps, mpgd
 from baselines.base import open_base
 from exact_reference import distance, histogram, to_cells
 
+import peer_methods
 import peers
 import report_format
 import report_peers
 from diffusers_ctrl.adapters import load_adapter, resolve_folder
+from diffusers_ctrl.rollouts import both_transitions, rollout, tuned_transition
 from digits_data import PROMPTS
+from problems import tiny_environment, tiny_policy
 
 
 SPEC = importlib.util.spec_from_file_location("benchmarks_report", Path(peers.__file__).with_name("report.py"))
@@ -140,3 +143,23 @@ def test_seeds_are_put_together():
     assert report_peers.method_rows([one(0, [both])], "m") == [("", [both])]
     assert report_format.spread([1.0, 3.0], 1) == "2.0 ± 1.0" and report_format.spread([1.0], 1, 0.25) == "1.0 ± 0.2"
     assert report_format.span([1, 2.5]) == "1–2.5" and report_format.span([2]) == "2"
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_strength_beyond_the_range(rank):
+    """At one state the control is multiplied, and its KL by the square; a head alone needs the base's call only."""
+    policy, environment = tiny_policy(perturb=0.3, control_head=16, lora_rank=rank), tiny_environment()
+    batch = environment.draw(5, torch.Generator().manual_seed(0))
+    stronger, calls = peer_methods.Strengthened(policy, 1.5), []
+    with torch.no_grad():
+        tuned, base = both_transitions(policy, environment.sampler, batch, 1, batch.noise)
+        hook = policy.denoiser.register_forward_hook(lambda *_: calls.append(1))
+        more, same = both_transitions(stronger, environment.sampler, batch, 1, batch.noise)
+        hook.remove()
+        alone = tuned_transition(stronger, environment.sampler, batch, 1, batch.noise)
+        found = rollout(stronger, environment.sampler, batch, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(same.mean, base.mean, rtol=0, atol=0)
+    torch.testing.assert_close(more.mean - base.mean, 1.5 * (tuned.mean - base.mean))
+    torch.testing.assert_close(alone.mean, more.mean)
+    torch.testing.assert_close(more.kl(base), 2.25 * tuned.kl(base))
+    assert len(calls) == (1 if rank == 0 else 2) and (found.kl > 0).all()

@@ -135,10 +135,21 @@ def _groups(samples: Samples) -> list[torch.Tensor]:
     return [(key == k).nonzero().flatten() for k in key.unique()]
 
 
+def _peers_of_lone(groups: list[torch.Tensor]) -> torch.Tensor:
+    """Rows whose spread stands for that of a pair of which there is one sample only: all such, or all there are for a single one.
+
+    It has the pairs' own differences in it: an error that is too large is honest, and none at all would not be.
+    """
+    lone = [rows for rows in groups if len(rows) == 1]
+    return torch.cat(lone if len(lone) > 1 else groups)
+
+
 def _mean_and_se(values: torch.Tensor, groups: list[torch.Tensor]) -> tuple[float, float]:
     """Equally weighted mean of the groups' means, and its standard error (stratified)."""
     means = torch.stack([values[rows].mean() for rows in groups])
-    variances = torch.stack([values[rows].var() / len(rows) if len(rows) > 1 else values.new_zeros(()) for rows in groups])
+    lone = values[_peers_of_lone(groups)]
+    of_one = lone.var() if len(lone) > 1 else values.new_zeros(())
+    variances = torch.stack([values[rows].var() / len(rows) if len(rows) > 1 else of_one for rows in groups])
     return means.mean().item(), (variances.sum().sqrt() / len(groups)).item()
 
 
@@ -169,7 +180,8 @@ def certificate(samples: Samples, gamma: float, rows: torch.Tensor | None = None
 
     Within each (label, prompt) pair: J is the mean of gamma·log p̂ − KL (the exact per-step KL, less noisy than the log-ratio),
     log Z the log-mean-exp of the log-weights, plus the delta method's correction ½(1/ESS − 1/n) for the bias of the logarithm of
-    a mean. Standard errors are the spread of J, log Z and their difference over bootstraps of each pair's trajectories.
+    a mean. Standard errors are the spread of J, log Z and their difference over bootstraps of each pair's trajectories, or, of a pair that has
+    one only, of all such pairs'.
     """
     groups = _groups(samples)
     if rows is not None:
@@ -177,21 +189,23 @@ def certificate(samples: Samples, gamma: float, rows: torch.Tensor | None = None
         groups = [g for g in groups if int(g[0]) in kept]
     j = gamma * samples.log_likelihood - samples.kl
     log_w = gamma * samples.log_likelihood - samples.log_ratio
-    generator = torch.Generator().manual_seed(0)
+    generator, lone = torch.Generator().manual_seed(0), _peers_of_lone(groups)
     means, log_zs, ess = [], [], []
     drawn_means, drawn_log_zs = torch.zeros(BOOTSTRAPS, dtype=torch.float64), torch.zeros(BOOTSTRAPS, dtype=torch.float64)
     for group in groups:
-        n = len(group)
+        n, pool = len(group), group if len(group) > 1 else lone
         ess.append(effective_sample_size(log_w[group]).item())
         means.append(j[group].mean().item())
         log_zs.append(log_w[group].logsumexp(0).item() - math.log(n) + 0.5 * (1 / ess[-1] - 1 / n))
         # a bootstrap's variance is (n − 1)/n of the sample's: stretched, so that pairs of few trajectories are not flattered
-        stretch, chunk = math.sqrt(n / max(n - 1, 1)), max(1, 1_000_000 // n)
+        stretch, chunk = math.sqrt(len(pool) / max(len(pool) - 1, 1)), max(1, 1_000_000 // n)
+        # what the draws are about: the pair's own figures, or the mean of those of the pairs of one
+        centre_j, centre_w = (means[-1], log_w[group].logsumexp(dim=0)) if n > 1 else (j[pool].mean(), log_w[pool].mean())
         for start in range(0, BOOTSTRAPS, chunk):
-            index = torch.randint(n, (min(chunk, BOOTSTRAPS - start), n), generator=generator)
+            index = torch.randint(len(pool), (min(chunk, BOOTSTRAPS - start), n), generator=generator)
             part = slice(start, start + len(index))
-            drawn_means[part] += stretch * (j[group][index].mean(dim=1) - means[-1])
-            drawn_log_zs[part] += stretch * (log_w[group][index].logsumexp(dim=1) - log_w[group].logsumexp(dim=0))
+            drawn_means[part] += stretch * (j[pool][index].mean(dim=1) - centre_j)
+            drawn_log_zs[part] += stretch * (log_w[pool][index].logsumexp(dim=1) - centre_w)
     count = len(groups)
     objective, log_partition = sum(means) / count, sum(log_zs) / count
     spread = [(values.std() / count).item() for values in (drawn_means, drawn_log_zs, drawn_log_zs - drawn_means)]
@@ -265,7 +279,7 @@ def exact_law(
     labels, prompts = environment.labels[chosen].cpu(), base.prompt_rows.unique()
     pairs = len(prompts) * len(chosen)
     found = base.measured
-    ess, log_z, variance, accuracy_variances, parts = [], [], 0.0, [], []
+    ess, log_z, variance, accuracy_variances, parts, lone = [], [], 0.0, [], [], []
     for prompt in prompts:
         own = (base.prompt_rows == prompt).nonzero().flatten()
         influence = torch.zeros(len(own), dtype=torch.float64)
@@ -281,6 +295,10 @@ def exact_law(
                     accuracy_variances.append((share * (hit - (share * hit).sum())).square().sum().item())
                 parts.append((asked, found[own], share / pairs))
         variance += influence.square().sum().item() / len(own) ** 2
+        if len(own) == 1:
+            lone.append(scores[chosen][:, own].sum())
+    if len(lone) > 1:  # one sample of a prompt says nothing of its spread: that of all such prompts stands for it
+        variance += len(lone) * torch.stack(lone).var().item()
     out = {"base_log_partition": sum(log_z) / pairs, "base_log_partition_se": math.sqrt(variance) / pairs}
     out["base_smallest_ess"] = min(ess)
     if found is not None:

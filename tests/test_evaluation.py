@@ -9,6 +9,9 @@ import torch
 from diffusers_ctrl import Categorical, Continuous, LabelSpace, Policy
 from diffusers_ctrl.accuracy import confusion_matrix, measure
 from diffusers_ctrl.evaluation import (
+    Samples,
+    _groups,
+    _mean_and_se,
     by_gamma,
     certificate,
     certify,
@@ -146,6 +149,31 @@ def test_standard_errors_are_the_spread_over_repetitions():
         values = torch.tensor([getattr(c, name) for c in found])
         claimed = torch.tensor([getattr(c, f"{name}_se") for c in found]).mean()
         assert 0.7 < (values.std() / claimed).item() < 1.4, name
+
+
+def test_pairs_of_one_sample_have_an_error_too():
+    """Many prompts and few samples: each pair's own spread cannot be seen, and an error of zero would be the worst of answers."""
+    generator, pairs, levels = torch.Generator().manual_seed(0), 400, torch.linspace(-1, 1, 400, dtype=torch.float64)
+    found, exact, accuracies = [], [], []
+    policy, environment = gaussian(0.1)
+    for _ in range(60):
+        noise = torch.randn(3, pairs, generator=generator, dtype=torch.float64)
+        score, ratio = levels - noise[0].square(), noise[1]
+        rows = torch.arange(pairs)
+        samples = Samples(None, torch.zeros_like(rows), rows, score, torch.full_like(score, 0.3), ratio)
+        found.append(certificate(samples, 1.0))
+        accuracies.append(_mean_and_se(score, _groups(samples)))
+        scores = torch.stack([score, score + 0.5 * noise[2]])
+        exact.append(exact_law(replace(samples, images=torch.zeros(pairs, 1)), environment, scores=scores))
+
+    def check(values, claimed):
+        ratio = (torch.tensor(values).std() / torch.tensor(claimed).mean()).item()
+        assert 0.6 < ratio < 1.2, ratio  # the levels of the pairs, which repetitions share, are counted in
+
+    for name in ("objective", "log_partition", "gap"):
+        check([getattr(c, name) for c in found], [getattr(c, f"{name}_se") for c in found])
+    check(*zip(*accuracies, strict=True))
+    check([law["base_log_partition"] for law in exact], [law["base_log_partition_se"] for law in exact])
 
 
 def test_few_effective_samples_are_flagged():

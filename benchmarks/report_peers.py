@@ -38,7 +38,7 @@ def peers_table(setting: str) -> str:
 
             def column(key: str, digits: int, rows: list[dict[str, Any]] = rows, scale: float = 1.0) -> str:
                 values = [scale * row[key] for row in rows if key in row]
-                return spread(values, digits, rows[0].get(f"{key}_se")) if len(values) == len(rows) else "–"
+                return spread(values, digits, [row.get(f"{key}_se") for row in rows]) if len(values) == len(rows) else "–"
 
             calls = f"{rows[0]['forward_calls']:.0f}" + (f" + {rows[0]['backward_calls']:.0f}" if rows[0]["backward_calls"] else "")
             lines.append(
@@ -65,8 +65,11 @@ def peers_table(setting: str) -> str:
         + "".join(f"; {method}: {', '.join(map(str, own))}" for method, own in seeds.items() if own != seeds[order[0]])
         + f". {EDGE}: the largest value tried. Seconds of training: CTRL's with its classifier, which the others are given."
         + f" {found[0]['outputs']} images a label ({found[0]['labels']} labels), {found[0]['validation']} for each weight tried.",
-        *(f"As many exact draws show {exact_draws(one['rows'][0])}." for one in found if one["method"] == EXACT),
     ]
+    if exact := [one["rows"][0] for one in found if one["method"] == EXACT]:
+        floors = [f"{name}_{kind}" for name in ("tv", "mmd2") for kind in ("floor", "floor_sd")]
+        shown = exact_draws({name: statistics.mean(row[name] for row in exact) for name in floors})
+        about.append(f"As many exact draws show {shown}{', mean over seeds' if len(exact) > 1 else ''}.")
     header = [
         "method",
         "weight (tuned for)",
@@ -94,7 +97,10 @@ def peers_short(setting: str = "stroke") -> str:
         gradients = any(row["backward_calls"] for row in near) or method in (*BACKWARD, "classifier guidance")
         cost = f"{span(round(row['times_base'], 1) for row in [*near, *sharp])}"
         name = f"**{method}**" if method.startswith("CTRL") else method
-        cells = [spread([row[key] for row in own], 3, own[0].get(f"{key}_se")) for key, own in (("accuracy", sharp), ("tv", near))]
+        cells = [
+            spread([row[key] for row in own], 3, [row.get(f"{key}_se") for row in own])
+            for key, own in (("accuracy", sharp), ("tv", near))
+        ]
         lines.append([name, *cells, "yes" if gradients else "no", cost])
     floors = [row["tv_floor"] for one in found if one["method"] == EXACT for row in one["rows"]]
     floor = f" (exact draws: {statistics.mean(floors):.3f})" if floors else ""

@@ -4,7 +4,8 @@
 
 A block is what training certifies an adapter with: `per_label` trajectories of each label, prompts in turn. `spread` is the standard deviation of the
 blocks' figures, `claimed` the root mean square of the standard errors that they came with; the ratio of the two should be 1, and 20 blocks know it
-to a sixth. `tail`: quantiles of the trajectories' own gamma · log p̂ − KL, of which J is the mean; for the exact law all would be log Z.
+to a sixth. `tail`: quantiles of the trajectories' own gamma · log p̂ less their log-ratio to the base, whose mean is J; for the exact law all would
+be log Z.
 Writes results/gap_spread.json.
 """
 
@@ -60,7 +61,7 @@ def main(given: list[str] | None = None) -> None:
             generator = torch.Generator().manual_seed(args.seed * 1_000_003 + block)
             drawn = draw_samples(policy, environment, args.per_label, generator, keep_images=False, progress=False)
             found.append(certificate(drawn, args.gamma))
-            worth.append(args.gamma * drawn.log_likelihood - drawn.kl)
+            worth.append(args.gamma * drawn.log_likelihood - drawn.log_ratio)
             bar.set_postfix(
                 J=f"{found[-1].objective:.2f} ± {found[-1].objective_se:.2f}", gap=f"{found[-1].gap:.2f} ± {found[-1].gap_se:.2f}"
             )

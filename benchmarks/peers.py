@@ -101,7 +101,13 @@ def open_setting(name: str, seed: int, runs: Path, base_samples: int, smoke: boo
     reference = make_reference(base, ours.adapter.classifier, rows, 1.0, list(space.attributes), base_samples, cache)
 
     def variant(kind: str) -> Trained:
-        found = trained(arguments_of(name, seed, folder.with_name(f"{folder.name}-{kind}"), smoke, kind))
+        wanted = arguments_of(name, seed, folder.with_name(f"{folder.name}-{kind}"), smoke, kind)
+        found, (_, config) = trained(wanted), parse_arguments(wanted)
+        settings = found.adapter.config.training["settings"]
+        if other := [n for n in ("lora_rank", "control_head", "gamma_range") if settings.get(n) != getattr(config, n)]:
+            raise SystemExit(
+                f"The adapter in {folder}-{kind} was trained with another {', '.join(other)}: delete it, to train it again here."
+            )
         seen, (one, other) = images[:100], (each.adapter.classifier for each in (ours, found))
         if not torch.allclose(of_each(seen, rows, one), of_each(seen, rows, other), atol=1e-3):
             raise SystemExit(

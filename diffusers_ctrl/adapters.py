@@ -471,4 +471,5 @@ def collect_adapter(
     adapter_name: str = "default",
 ) -> Adapter:
     """The adapter that a denoiser and a label encoder now hold."""
-    return Adapter(config, lora_state_dict(denoiser, adapter_name), label_encoder, classifier)
+    alone = label_encoder.control_head is not None and label_encoder.control_head.alone
+    return Adapter(config, {} if alone else lora_state_dict(denoiser, adapter_name), label_encoder, classifier)

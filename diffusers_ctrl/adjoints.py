@@ -17,21 +17,22 @@ import torch
 
 from .experience import LogLikelihood, checked
 from .paths import Path, gradients, parts, states_at, walk
-from .policy import Policy
+from .policy import Answer, Policy
 from .randomness import RandomSource
 from .rollouts import Batch, Sampler, base_transition
 from .transitions import Transition
 
 
-# k, which rows of the batch, their x_k, the base's transition there, their adjoint_{k+1}
-Target = tuple[int, slice, torch.Tensor, Transition, torch.Tensor]
+# k, which rows of the batch, their x_k, the base's transition there, their adjoint_{k+1}; where a control head is alone what the denoiser answered
+Target = tuple[int, slice, torch.Tensor, Transition, torch.Tensor, list[Answer] | None]
 
 
 @dataclass(frozen=True)
 class Targets:
     """What the controls of some steps are to be regressed on. Nothing in it has a graph.
 
-    steps: from the last to the first, each (k, rows of the batch, x_k (n, C, *), the base's transition at x_k, adjoint_{k+1} (n, C, *)).
+    steps: from the last to the first, each (k, rows of the batch, x_k (n, C, *), the base's transition at x_k, adjoint_{k+1} (n, C, *), what the
+        denoiser answered at x_k, where the tuned model is made of that, else None).
     reward: log p̂(y | x_K), (B,) nats.
     """
 
@@ -74,7 +75,7 @@ def lean_adjoint(
     scheduler, the step of a sampler that has no states in between. The base is called with `at_a_time` rows, all by default.
 
     Yields:
-        (k, rows, x_k, the base's transition at x_k, adjoint_{k+1}), from the last chosen step to the first.
+        (k, rows, x_k, the base's transition at x_k, adjoint_{k+1}, the denoiser's answers or None), from the last chosen step to the first.
     """
     known = len(sampler.timesteps)  # the adjoint is known of x_known
     for k, states in states_at(policy, sampler, batch, path, {*chosen, *solved_at}):
@@ -82,14 +83,15 @@ def lean_adjoint(
         for rows in parts(len(batch), at_a_time):
             x, following = states[rows].detach(), adjoint[rows]
             if k in solved_at:
-                with policy.uncheckpointed(), torch.enable_grad():
+                with policy.uncheckpointed(), policy.noted() as answers, torch.enable_grad():
                     base = base_transition(policy, sampler, batch[rows], k, x.requires_grad_())
                     solved_rows += gradients([sampler.held(base, k, known)], [x], [following])
             else:
-                with torch.no_grad():
+                with policy.noted() as answers, torch.no_grad():
                     base = base_transition(policy, sampler, batch[rows], k, x)
             if k in chosen:
-                yield k, rows, x.detach(), Transition(base.mean.detach(), base.std.detach()), following
+                kept = answers if policy.shares_base else None
+                yield k, rows, x.detach(), Transition(base.mean.detach(), base.std.detach()), following, kept
         if k in solved_at:
             adjoint, known = torch.cat(solved_rows), k
 

@@ -189,6 +189,15 @@ def add_control(
     Raises:
         ValueError: if they do not fit; the denoiser is then as it was.
     """
+    alone = head is not None and head.alone
+    if alone == bool(lora):
+        raise ValueError(
+            f"This adapter has {'' if lora else 'no '}LoRA, and its control head is {'' if alone else 'not '}alone: one of the two is another's."
+        )
+    if alone and lora_layers(denoiser, name):
+        raise ValueError(
+            f"This {type(denoiser).__name__} already carries a LoRA named {name!r}: give the adapter another adapter_name, or take the LoRA out first."
+        )
     # whether a weight requires a gradient changes the bits of torch's products: the base keeps what it had
     trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     # and peft switches the adapters that are there off for the new one: a user's own LoRA stays on
@@ -217,15 +226,17 @@ def add_control(
 
 
 def remove_control(denoiser: nn.Module, name: str) -> None:
-    """Takes an adapter out; without any, the denoiser is the base again, bit for bit."""
+    """Takes an adapter out, and no LoRA that is not its own; without any, the denoiser is the base again, bit for bit."""
     hook = control_hook(denoiser)
     control = hook.controls.pop(name)
     remove_label_hook(denoiser, control.injection_site, name)
-    remove_lora(denoiser, name)
+    if not control.label.is_alone:
+        remove_lora(denoiser, name)
     hook.layers = _layers(denoiser, hook.controls)
     if not hook.controls:
         HookRegistry.check_if_exists_or_initialize(denoiser).remove_hook(STRENGTH_HOOK_NAME, recurse=False)
 
 
 def _layers(denoiser: nn.Module, names: dict[str, Control]) -> list[nn.Module]:
-    return list({id(layer): layer for name in names for layer in lora_layers(denoiser, name).values()}.values())
+    own = [name for name, control in names.items() if not control.label.is_alone]
+    return list({id(layer): layer for name in own for layer in lora_layers(denoiser, name).values()}.values())

@@ -129,7 +129,7 @@ def base_pool(policy: Policy, environment: Environment, count: int, generator: t
             with policy.noted() as answers:
                 base = base_transition(policy, sampler, batch, k, x)
             if left > 0 and k in kept:
-                kept[k].append((x.cpu(), [(output.cpu(), time.cpu()) for output, time in answers]))
+                kept[k].append(_first((x, answers), min(left, len(batch)), len(batch)))
             x = base.mean if base.is_deterministic else base.sample(generator)
             states.append(seen(x.float(), grid))
         left -= len(batch)
@@ -140,7 +140,14 @@ def base_pool(policy: Policy, environment: Environment, count: int, generator: t
             )
         parts.append((torch.stack(states), batch.prompts, scores))
     states, *rows = zip(*parts, strict=True)
-    return Pool(torch.cat(states, dim=1), *(torch.cat(column) for column in rows), {k: _joined(parts) for k, parts in kept.items()})
+    joined = {k: _joined(kept.pop(k)) for k in sampler.noisy_steps}  # one step after another: all twice would be too much
+    return Pool(torch.cat(states, dim=1), *(torch.cat(column) for column in rows), joined)
+
+
+def _first(known: tuple[torch.Tensor, list[Answer]], count: int, of: int) -> tuple[torch.Tensor, list[Answer]]:
+    """The first `count` of a batch's states, and what the denoiser answered to them, on the CPU."""
+    (x, answers), rows, cpu = known, torch.arange(count), torch.device("cpu")
+    return x[:count].cpu(), [_of_rows((output.cpu(), time.cpu()), rows, of, cpu) for output, time in answers]
 
 
 def _joined(parts: list[tuple[torch.Tensor, list[Answer]]]) -> tuple[torch.Tensor, list[Answer]]:
@@ -216,14 +223,18 @@ def critic_control(critic: Critic, base: Transition, k: int, batch: Batch) -> to
 
 
 def _lesson(environment: Environment, pool: Pool, rows: int, generator: torch.Generator) -> tuple[torch.Tensor, Batch]:
-    """Which of the kept trajectories to learn from, (rows,), and for which labels and gammas: most in proportion to p̂^gamma."""
+    """Which of the kept trajectories to learn from, (rows,), and for which labels and gammas: most in proportion to p̂^gamma among those of a prompt,
+    so that pairs of prompt and label come alike, as in training."""
     scores = pool.scores[: len(next(iter(pool.kept.values()))[0])]
     device = scores.device
     label_rows = torch.randint(scores.shape[1], (rows,), generator=generator, device=device)
     gamma = environment.gammas(rows, generator)
-    weights = (gamma.unsqueeze(1) * scores.T[label_rows]).softmax(dim=1)
-    exact = torch.rand(rows, 1, generator=generator, device=device) < EXACT
-    chosen = torch.where(exact, weights, 1 / len(scores)).multinomial(1, generator=generator).squeeze(1)
+    kept_prompts = pool.prompts[: len(scores)]
+    any_one = torch.randint(len(scores), (rows,), generator=generator, device=device)
+    others = kept_prompts != kept_prompts[any_one].unsqueeze(1)
+    weights = (gamma.unsqueeze(1) * scores.T[label_rows]).masked_fill(others, -torch.inf).softmax(dim=1)
+    exact = torch.rand(rows, generator=generator, device=device) < EXACT
+    chosen = torch.where(exact, weights.multinomial(1, generator=generator).squeeze(1), any_one)
     prompts = pool.prompts[chosen]
     batch = environment.start(Choice(label_rows, prompts, environment.labels[label_rows], gamma), generator)
     return chosen, replace(batch, label_rows=label_rows, prompts=prompts)
@@ -298,7 +309,8 @@ def warm_start(
     with global_generators_kept():
         seed_global_generators(seed)  # for the critic's first weights, and a scorer that draws
         pool = base_pool(policy, environment, trajectories, generator, at_a_time)
+        # autocast keeps its half-precision copies of weights until it ends, here longer than the weights stay what they were
         with torch.autocast(environment.labels.device.type, enabled=False):
             critic, held_out = fit_critic(environment, pool, updates, generator)
-        off = learn_control(policy, environment, critic, pool, updates, generator)
+            off = learn_control(policy, environment, critic, pool, updates, generator)
     return {"critic_loss": held_out, "head_nats_off": off}

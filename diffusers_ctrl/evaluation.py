@@ -279,7 +279,7 @@ def exact_law(
     labels, prompts = environment.labels[chosen].cpu(), base.prompt_rows.unique()
     pairs = len(prompts) * len(chosen)
     found = base.measured
-    ess, log_z, variance, accuracy_variances, parts, lone = [], [], 0.0, [], [], []
+    ess, log_z, variance, accuracy_variances, parts, lone, lone_hits = [], [], 0.0, [], [], [], []
     for prompt in prompts:
         own = (base.prompt_rows == prompt).nonzero().flatten()
         influence = torch.zeros(len(own), dtype=torch.float64)
@@ -292,6 +292,7 @@ def exact_law(
                 share, asked = weights / weights.sum(), label.expand(len(own), -1)
                 hit = hits(environment.space, asked, found[own])
                 if not hit.isnan().any():
+                    lone_hits += hit.tolist() if len(own) == 1 else []
                     accuracy_variances.append((share * (hit - (share * hit).sum())).square().sum().item())
                 parts.append((asked, found[own], share / pairs))
         variance += influence.square().sum().item() / len(own) ** 2
@@ -305,6 +306,8 @@ def exact_law(
         law = agreement(environment.space, *(torch.cat(part) for part in zip(*parts, strict=True)))
         out |= {f"exact_{name}": value for name, value in law.items()}
         if accuracy_variances:
+            if len(lone_hits) > 1:
+                accuracy_variances[0] += len(lone_hits) * torch.tensor(lone_hits, dtype=torch.float64).var().item()
             out["exact_accuracy_se"] = math.sqrt(sum(accuracy_variances)) / len(accuracy_variances)
     return out
 
@@ -318,9 +321,10 @@ def _scores(samples: Samples, environment: Environment) -> dict[str, float]:
         judged = [g for g in groups if not right[g].isnan().any()]
         if judged:
             out["accuracy"], out["accuracy_se"] = _mean_and_se(right, judged)
-        generator, draws = torch.Generator().manual_seed(0), {}
+        generator, draws, lone = torch.Generator().manual_seed(0), {}, _peers_of_lone(groups)
         for _ in range(BOOTSTRAPS // 4):
-            rows = torch.cat([g[torch.randint(len(g), (len(g),), generator=generator)] for g in groups])
+            pools = [g if len(g) > 1 else lone for g in groups]
+            rows = torch.cat([p[torch.randint(len(p), (len(g),), generator=generator)] for p, g in zip(pools, groups, strict=True)])
             for name, value in agreement(environment.space, asked[rows], found[rows]).items():
                 draws.setdefault(name, []).append(value)
         out |= {f"{name}_se": torch.tensor(values).std().item() for name, values in draws.items() if f"{name}_se" not in out}

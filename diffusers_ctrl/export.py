@@ -41,6 +41,12 @@ def check_exportable(adapter: Adapter) -> None:
         )
 
 
+def check_has_lora(adapter: Adapter) -> None:
+    """Raises ValueError for an adapter that has none to write."""
+    if not adapter.lora:
+        raise ValueError("This adapter has no LoRA to write: all of it is in a control head, which needs a CTRLPipeline.")
+
+
 def _label_shift(
     pipe: DiffusionPipeline, adapter: Adapter, label: Label, gamma: float | None, label_scale: float
 ) -> tuple[torch.Tensor, dict[str, nn.Linear]]:
@@ -302,6 +308,7 @@ def export_lora(
     """
     if label is None:
         read = _read(adapter, subfolder, kwargs)
+        check_has_lora(read)
         return write_lora(file, read.lora, read.config.denoiser, naming)
     pipe, read = _plain_base(adapter, subfolder, kwargs)
     lora, errors = label_lora(pipe, read, label, gamma, label_scale, call)

@@ -136,12 +136,12 @@ class LabelHook(ModelHook):
     def post_forward(self, module: nn.Module, output: torch.Tensor) -> torch.Tensor:
         if self.label.head is not None:
             self.label.time = output.detach()
-        if self.label.embedding is None or self.label.is_alone:
+        if self.label.embedding is None:
             return output
         if not isinstance(output, torch.Tensor) or output.ndim != 2:
             shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
             raise ValueError(f"The injection site {type(module).__name__} gives {shape}; a tensor (batch, width) is needed.")
-        return output + self.label.rows(output)[:, : output.shape[1]]
+        return output if self.label.is_alone else output + self.label.rows(output)[:, : output.shape[1]]
 
 
 def add_label_hook(
@@ -211,9 +211,7 @@ def lora_layers(denoiser: nn.Module, adapter_name: str = "default") -> dict[str,
 
 
 def lora_state_dict(denoiser: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
-    """LoRA weights, keys as `down_blocks.0….to_q.lora_A.weight`, detached, on the CPU; none where the adapter has no LoRA."""
-    if not lora_layers(denoiser, adapter_name):
-        return {}
+    """LoRA weights, keys as `down_blocks.0….to_q.lora_A.weight`, detached, on the CPU."""
     state = get_peft_model_state_dict(denoiser, adapter_name=adapter_name)
     return {key: value.detach().cpu().contiguous() for key, value in state.items()}
 

@@ -30,6 +30,7 @@ numbers from `generator` are rows' own; what is drawn once for a whole batch (`r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 
@@ -212,8 +213,8 @@ def adjoint_matching(
         found, reward = [target for target in targets.steps if target[0] in chosen], targets.reward
     scale = len(noisy) / len(chosen)
     losses, kl = StepLosses(policy, batch.noise), _nats(batch)
-    for k, rows, x, base, next_adjoint in found:
-        with losses.step():
+    for k, rows, x, base, next_adjoint, answers in found:
+        with losses.step(), nullcontext() if answers is None else policy.known(answers):
             taken = tuned_transition(policy, sampler, batch[rows], k, x)
             control = (taken.mean - base.mean) / taken.std.detach()
             residual = control + taken.std.detach() * next_adjoint

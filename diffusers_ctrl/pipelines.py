@@ -39,7 +39,7 @@ from .calls import Roles
 from .cards import save_card
 from .classifiers import Classifier
 from .controls import Control, StrengthHook, add_control, control_hook, remove_control
-from .export import bake_label, check_exportable, label_lora, write_lora
+from .export import bake_label, check_exportable, check_has_lora, label_lora, write_lora
 from .hub import advice, explained
 from .injection import find_injection_site, site_width
 from .labels import Label, LabelSpace
@@ -284,7 +284,8 @@ class CTRLPipeline(DiffusionPipeline):
             ValueError: for an unknown label or naming, or a time embedding into which no label can be put; nothing is written then.
         """
         adapter = self._collect(adapter_name)
-        if label is None and adapter.lora:
+        if label is None:
+            check_has_lora(adapter)
             return write_lora(file, adapter.lora, adapter.config.denoiser, naming)
         check_exportable(adapter)
         with self._without_adapters():

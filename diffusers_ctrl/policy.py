@@ -84,6 +84,8 @@ class Policy(nn.Module):
             raise ValueError(
                 "This label encoder's control head is alone, and LoRA is not for it: lora_rank=0, on a denoiser without any."
             )
+        if lora_rank == 0 and not self.shares_base:
+            raise ValueError("lora_rank = 0 is for a label encoder whose control head is alone, and this one's is not.")
         if lora_rank:
             add_lora(denoiser, lora_rank, lora_targets)
         elif lora_rank == 0:

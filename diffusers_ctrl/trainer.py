@@ -150,6 +150,11 @@ class CTRLTrainer:
                 f"control_head = {config.control_head}, but the policy has {'a' if config.control_head == 0 else 'no'} control head: build it with the "
                 "same, Policy(control_head=…, shape=…)."
             )
+        if (config.lora_rank == 0) != policy.shares_base:
+            raise ValueError(
+                f"lora_rank = {config.lora_rank}, but the policy's control head is {'alone' if policy.shares_base else 'not alone'}: build it with the same, "
+                "Policy(lora_rank=…, control_head=…, shape=…)."
+            )
         if config.critic_trajectories:
             check_critic(self.environment, policy)  # raises here, not after the base samples
             if config.shard_base and processes.count() > 1:

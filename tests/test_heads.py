@@ -18,6 +18,7 @@ from diffusers_ctrl.checkpoints import checkpoint_folder, read_checkpoint
 from diffusers_ctrl.critics import (
     EXACT,
     KEPT,
+    Pool,
     _lesson,
     _of_rows,
     base_pool,
@@ -503,3 +504,31 @@ def test_kept_answers_are_the_denoisers_own_under_guidance():
         with policy.known([_of_rows(answer, chosen, 25, torch.device("cpu")) for answer in answers]):
             known = base_transition(policy, environment.sampler, batch, k, x)
         torch.testing.assert_close(known.mean, asked.mean, rtol=1e-5, atol=1e-6)
+
+
+def test_every_prompt_is_learned_alike():
+    """A prompt whose images seldom have the label is not left out for that: it is where most is to be learned."""
+    environment = replace(tiny_environment(), labels=torch.tensor([[0.0]]), gamma=4.0)
+    prompts = torch.arange(1000) % 2
+    scores = torch.where(prompts == 0, -0.1, -4.0) - torch.linspace(0, 1, 1000)
+    pool = Pool(torch.zeros(1, 1000, 1), prompts, scores.unsqueeze(1), {0: (torch.zeros(1000, 2, 4, 4), [])})
+    chosen, batch = _lesson(environment, pool, 20_000, torch.Generator().manual_seed(0))
+    assert torch.equal(batch.prompts, prompts[chosen])
+    for prompt in (0, 1):
+        rows = prompts[chosen] == prompt
+        assert 0.48 < rows.double().mean() < 0.52
+        weights = (4 * scores[prompts == prompt].double()).softmax(dim=0)
+        expected = EXACT * weights @ scores[prompts == prompt].double() + (1 - EXACT) * scores[prompts == prompt].double().mean()
+        assert abs(scores[chosen[rows]].double().mean() - expected) < 0.02
+
+
+def test_the_warm_start_in_half_precision():
+    """Autocast keeps copies of the weights that it has seen; what was learned must be what is there afterwards."""
+    policy, environment = normal_problem()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = warm_start(policy, environment, 1000, 60, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    pool = base_pool(policy, environment, 1000, generator)
+    critic, _ = fit_critic(environment, pool, 60, generator)
+    left = learn_control(policy, environment, critic, pool, 1, generator)  # one update of a rate that has hardly begun
+    assert found["head_nats_off"] < 0.5 and left < 0.5, (found, left)

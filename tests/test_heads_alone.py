@@ -2,15 +2,18 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import save_file
 
 from diffusers_ctrl import Categorical, CTRLConfig, CTRLPipeline, CTRLTrainer, LabelSpace, Policy
 from diffusers_ctrl.adapters import LORA_NAME, collect_adapter, load_adapter, save_adapter
 from diffusers_ctrl.checkpoints import checkpoint_folder
 from diffusers_ctrl.experience import collect
+from diffusers_ctrl.export import export_lora
 from diffusers_ctrl.heads import LABEL_WIDTH
 from diffusers_ctrl.label_encoder import LabelEncoder
 from diffusers_ctrl.objectives import adjoint_matching, direct_backprop, policy_gradient
@@ -127,12 +130,26 @@ def test_experience_is_collected_by_one_call_a_step():
     assert len(calls) == len(environment.sampler.timesteps)
 
 
+def test_the_states_that_are_regressed_on_are_not_asked_about_again():
+    environment, calls = tiny_environment(), []
+    for shares in (True, False):
+        policy = alone()
+        policy.shares_base = shares
+        batch = environment.draw(6, torch.Generator().manual_seed(3))
+        with Calls(policy.denoiser) as rows:
+            adjoint_matching(policy, environment.sampler, batch, environment.log_likelihood, torch.Generator().manual_seed(4))
+        calls.append(len(rows))
+    assert calls[1] - calls[0] == len(environment.sampler.noisy_steps)
+
+
 def test_what_leaves_it_alone():
     denoiser, space = tiny_policy().denoiser, alone().label_space
     with pytest.raises(ValueError, match="lora_rank = 0 leaves a control head alone, and there is none"):
         Policy(copy.deepcopy(alone().denoiser), label_space=space, lora_rank=0)
     with pytest.raises(ValueError, match="control head is alone, and LoRA is not for it"):
         Policy(denoiser, alone().label_encoder, lora_rank=None)
+    with pytest.raises(ValueError, match="whose control head is alone, and this one's is not"):
+        Policy(copy.deepcopy(alone().denoiser), tiny_policy(control_head=16).label_encoder, lora_rank=0)
     with pytest.raises(ValueError, match="control_head is 0"):
         CTRLConfig(lora_rank=0)
     with pytest.raises(ValueError, match="lora_rank must be 0 or more"):
@@ -190,6 +207,8 @@ def test_it_trains_and_resumes(tmp_path, objective):
     for name, value in resumed._named.items():
         torch.testing.assert_close(value, whole._named[name], rtol=1e-5, atol=1e-7)
     assert any(bool(value.any()) for name, value in whole._named.items() if "tables" in name)
+    with pytest.raises(ValueError, match="lora_rank = 4, but the policy's control head is alone"):
+        trainer(tmp_path / "wrong", lora_rank=4)
     with pytest.raises(ValueError, match="lora_rank"):
         other = trainer(tmp_path / "other", resume_from=str(checkpoint_folder(tmp_path / "whole" / "checkpoints", 2)))
         other.config.lora_rank = 4
@@ -248,8 +267,10 @@ def test_it_is_read_and_written_without_lora(folder, tmp_path):
         torch.testing.assert_close(again.label_encoder.state_dict()[key], value, rtol=0, atol=0)
     collected = collect_adapter(adapter.config, pipe.denoiser, adapter.label_encoder)
     assert collected.lora == {}
-    with pytest.raises(ValueError, match="control head, and its labels"):
-        pipe.export_lora(tmp_path / "none.safetensors")
+    for export in (pipe.export_lora, partial(export_lora, folder)):
+        with pytest.raises(ValueError, match="has no LoRA to write"):
+            export(tmp_path / "none.safetensors")
+    assert not (tmp_path / "none.safetensors").exists()
 
 
 def test_files_of_two_adapters(folder, sd_adapter, tmp_path):
@@ -261,6 +282,24 @@ def test_files_of_two_adapters(folder, sd_adapter, tmp_path):
     save_file({}, emptied / LORA_NAME)
     with pytest.raises(ValueError, match="has no LoRA weights, and no control head that is alone"):
         load_adapter(emptied)
+
+
+def test_a_lora_of_the_users_own(folder, sd_folder):
+    """It stays on, is never taken for the adapter's, and stays in when the adapter leaves."""
+    pipe = CTRLPipeline.from_pretrained(sd_folder)
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "mine")
+    base = call(pipe, eta=1.0)
+    pipe.load_ctrl_adapter(folder)
+    torch.testing.assert_close(call(pipe, label="bold", strength=0.0), base, rtol=0, atol=0)
+    assert (call(pipe, label="bold") - base).abs().max() > 1e-3
+    pipe.unload_ctrl_adapter()
+    with pytest.raises(ValueError, match="already carries a LoRA named 'mine'"):
+        pipe.load_ctrl_adapter(folder, "mine")
+    torch.testing.assert_close(call(pipe, eta=1.0), base, rtol=0, atol=0)
+    mixed = replace(load_adapter(folder), lora={"conv_in.lora_A.weight": torch.zeros(1, 4, 3, 3)})
+    with pytest.raises(ValueError, match="has LoRA, and its control head is alone"):
+        pipe.load_ctrl_adapter(mixed)
+    torch.testing.assert_close(call(pipe, eta=1.0), base, rtol=0, atol=0)
 
 
 def test_the_base_is_called_once_a_step_whatever_is_asked(folder):

@@ -190,10 +190,8 @@ def add_control(
         ValueError: if they do not fit; the denoiser is then as it was.
     """
     alone = head is not None and head.alone
-    if alone == bool(lora):
-        raise ValueError(
-            f"This adapter has {'' if lora else 'no '}LoRA, and its control head is {'' if alone else 'not '}alone: one of the two is another's."
-        )
+    if alone and lora:
+        raise ValueError("This adapter has LoRA, and its control head is alone: one of the two is another's.")
     if alone and lora_layers(denoiser, name):
         raise ValueError(
             f"This {type(denoiser).__name__} already carries a LoRA named {name!r}: give the adapter another adapter_name, or take the LoRA out first."
@@ -203,7 +201,7 @@ def add_control(
     # and peft switches the adapters that are there off for the new one: a user's own LoRA stays on
     active = {module: module._active_adapter for module in denoiser.modules() if isinstance(module, BaseTunerLayer)}
     try:
-        if lora:
+        if not alone:
             load_lora_state_dict(denoiser, lora, name)
         try:
             label = add_label_hook(denoiser, injection_site, name, head)

@@ -95,8 +95,8 @@ def test_adjoint_paired_with_its_own_step_would_be_wrong():
 
     def shifted(*args):
         steps = list(original(*args))
-        own = [adjoint for *_, adjoint in steps[1:]] + [torch.zeros_like(steps[-1][-1])]
-        return [(*step[:-1], adjoint) for step, adjoint in zip(steps, own, strict=True)]
+        own = [adjoint for *_, adjoint, _ in steps[1:]] + [torch.zeros_like(steps[-1][-2])]
+        return [(*step[:-2], adjoint, step[-1]) for step, adjoint in zip(steps, own, strict=True)]
 
     adjoints.lean_adjoint = shifted
     try:
@@ -405,8 +405,10 @@ def test_a_lookahead_without_an_estimate_is_an_error(monkeypatch):
     from diffusers_ctrl import experience
 
     policy, environment = tiny_policy(), tiny_environment()
-    original = experience.tuned_transition
-    monkeypatch.setattr(experience, "tuned_transition", lambda *args: replace(original(*args), denoised=None))
+    original = experience.both_transitions
+    monkeypatch.setattr(
+        experience, "both_transitions", lambda *args: tuple(replace(one, denoised=None) for one in original(*args))
+    )
     batch = environment.draw(6, torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="DDIMScheduler gives no denoised estimate, which lookahead_critic needs"):
         collect(policy, environment.sampler, batch, environment.log_likelihood, lookahead=environment.log_likelihoods)

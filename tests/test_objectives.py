@@ -406,9 +406,7 @@ def test_a_lookahead_without_an_estimate_is_an_error(monkeypatch):
 
     policy, environment = tiny_policy(), tiny_environment()
     original = experience.both_transitions
-    monkeypatch.setattr(
-        experience, "both_transitions", lambda *args: tuple(replace(one, denoised=None) for one in original(*args))
-    )
+    monkeypatch.setattr(experience, "both_transitions", lambda *args: tuple(replace(one, denoised=None) for one in original(*args)))
     batch = environment.draw(6, torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="DDIMScheduler gives no denoised estimate, which lookahead_critic needs"):
         collect(policy, environment.sampler, batch, environment.log_likelihood, lookahead=environment.log_likelihoods)

@@ -17,6 +17,7 @@ from baselines import dps, mpgd
 from baselines.base import open_base
 from exact_reference import distance, histogram, to_cells
 
+import gap_spread
 import peer_methods
 import peers
 import report_format
@@ -165,3 +166,9 @@ def test_strength_beyond_the_range(rank):
     torch.testing.assert_close(alone.mean, more.mean)
     torch.testing.assert_close(more.kl(base), 2.25 * tuned.kl(base))
     assert len(calls) == (1 if rank == 0 else 2) and (found.kl > 0).all()
+
+
+def test_a_spread_and_what_was_claimed():
+    found = gap_spread.spread_of([1.0, 2.0, 3.0], [0.3, 0.4, 0.0])
+    assert found["spread"] == 1.0 and found["mean"] == 2.0 and found["mean_se"] == pytest.approx(3**-0.5)
+    assert found["claimed"] == pytest.approx((0.25 / 3) ** 0.5) and found["ratio"] == pytest.approx(12**0.5)

@@ -13,11 +13,11 @@ from torch.distributions import Normal, kl_divergence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import gap_spread
 from baselines import dps, mpgd
 from baselines.base import open_base
 from exact_reference import distance, histogram, to_cells
 
-import gap_spread
 import peer_methods
 import peers
 import report_format

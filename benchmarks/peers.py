@@ -39,6 +39,7 @@ from baselines.base import Labelled, encode, open_base  # noqa: E402
 from exact_reference import distance_to_law, make_reference, of_each, of_exact_draws, small, to_exact  # noqa: E402
 
 import train_ctrl  # noqa: E402
+from diffusers_ctrl import CTRLConfig  # noqa: E402
 from diffusers_ctrl.accuracy import agreement  # noqa: E402
 from diffusers_ctrl.adapters import CONFIG_NAME, load_adapter, resolve_folder  # noqa: E402
 from diffusers_ctrl.labels import label_grid  # noqa: E402
@@ -104,7 +105,8 @@ def open_setting(name: str, seed: int, runs: Path, base_samples: int, smoke: boo
         wanted = arguments_of(name, seed, folder.with_name(f"{folder.name}-{kind}"), smoke, kind)
         found, (_, config) = trained(wanted), parse_arguments(wanted)
         settings = found.adapter.config.training["settings"]
-        if other := [n for n in ("lora_rank", "control_head", "gamma_range") if settings.get(n) != getattr(config, n)]:
+        told = {name: settings.get(name, getattr(CTRLConfig, name)) for name in ("lora_rank", "control_head", "gamma_range")}
+        if other := [name for name, value in told.items() if value != getattr(config, name)]:
             raise SystemExit(
                 f"The adapter in {folder}-{kind} was trained with another {', '.join(other)}: delete it, to train it again here."
             )

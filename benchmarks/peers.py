@@ -105,10 +105,10 @@ def open_setting(name: str, seed: int, runs: Path, base_samples: int, smoke: boo
         wanted = arguments_of(name, seed, folder.with_name(f"{folder.name}-{kind}"), smoke, kind)
         found, (_, config) = trained(wanted), parse_arguments(wanted)
         settings = found.adapter.config.training["settings"]
-        told = {name: settings.get(name, getattr(CTRLConfig, name)) for name in ("lora_rank", "control_head", "gamma_range")}
-        if other := [name for name, value in told.items() if value != getattr(config, name)]:
+        told = {key: settings.get(key, getattr(CTRLConfig, key)) for key in ("lora_rank", "control_head", "gamma_range")}
+        if differ := [key for key, value in told.items() if value != getattr(config, key)]:
             raise SystemExit(
-                f"The adapter in {folder}-{kind} was trained with another {', '.join(other)}: delete it, to train it again here."
+                f"The adapter in {folder}-{kind} was trained with another {', '.join(differ)}: delete it, to train it again here."
             )
         seen, (one, other) = images[:100], (each.adapter.classifier for each in (ours, found))
         if not torch.allclose(of_each(seen, rows, one), of_each(seen, rows, other), atol=1e-3):

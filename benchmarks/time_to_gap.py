@@ -83,7 +83,8 @@ def run(spec: dict[str, Any], name: str, seed: int, cache: Path) -> dict[str, An
 
     def look(update: int) -> None:
         last, spent = update == config.max_updates, warm + price.of(update, config.coarse_updates)
-        if last or spent >= warm + of["every"] * (len(curve) + (warm == 0)):
+        # a warm start is worth a point of its own, before anything else is learned
+        if last or spent >= warm + of["every"] * (len(curve) + (not warm)):
             for noise in (1, 2) if last else (1,):
                 point = measure(trainer, law, spec["attribute"], of["curve_samples"], noise)
                 curve.append({"seconds": spent, "updates": update, **point})

@@ -431,11 +431,10 @@ def _load_adapter(folder: Path) -> Adapter:
     if foreign := [key for key in lora if not key.startswith(prefix)]:
         raise ValueError(f"{folder / LORA_NAME} has keys that do not start with {shorten(prefix)}: {shorten(foreign[:3])}.")
     label_encoder = _read_model(folder, "label_encoder", LabelEncoder)
-    alone = label_encoder.control_head is not None and label_encoder.control_head.alone
-    if alone != (not lora):
+    if label_encoder.is_alone == bool(lora):
         has, what = (
             ("has", "though the control head of label_encoder/ is alone")
-            if alone
+            if lora
             else ("has no", "and no control head that is alone")
         )
         raise ValueError(f"{folder / LORA_NAME} {has} LoRA weights, {what}: they are not of one adapter.")
@@ -471,5 +470,4 @@ def collect_adapter(
     adapter_name: str = "default",
 ) -> Adapter:
     """The adapter that a denoiser and a label encoder now hold."""
-    alone = label_encoder.control_head is not None and label_encoder.control_head.alone
-    return Adapter(config, {} if alone else lora_state_dict(denoiser, adapter_name), label_encoder, classifier)
+    return Adapter(config, {} if label_encoder.is_alone else lora_state_dict(denoiser, adapter_name), label_encoder, classifier)

@@ -90,7 +90,7 @@ def lean_adjoint(
                 with policy.noted() as answers, torch.no_grad():
                     base = base_transition(policy, sampler, batch[rows], k, x)
             if k in chosen:
-                kept = answers if policy.shares_base else None
+                kept = [(output.detach(), time) for output, time in answers] if policy.shares_base else None
                 yield k, rows, x.detach(), Transition(base.mean.detach(), base.std.detach()), following, kept
         if k in solved_at:
             adjoint, known = torch.cat(solved_rows), k

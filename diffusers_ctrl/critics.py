@@ -7,7 +7,7 @@ The optimum of J (objectives.py) moves each step of the base by
 to first order in the step's size. h is the base's own, whatever the policy: a perceptron fitted to the states of base trajectories, whose ends' p̂ is
 known, finds it without any reinforcement learning (the minimizer of binary cross-entropy against p̂^gamma in [0, 1] is its expectation). The control head is
 then regressed on that control, on the same trajectories: a target without noise, where a trajectory's own adjoint is mostly noise, and without calls of
-the denoiser, whose answers are kept. Drawn in proportion to p̂^gamma, base trajectories are those of the exact law (paper, section 3), where the head
+the denoiser, whose answers are kept. Drawn in proportion to p̂^gamma, base trajectories are those of the exact law, where the head
 is to be right. What first order and the perceptron leave over is the objective's to learn: nothing here enters the certificate.
 """
 
@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from .heads import LABEL_WIDTH, coarse_grid, seen
 from .label_encoder import place_in_range
+from .paths import parts
 from .policy import Answer, Policy
 from .randomness import global_generators_kept, seed_global_generators
 from .rollouts import Batch, Choice, Environment, base_transition, tuned_transition
@@ -122,14 +123,14 @@ def base_pool(policy: Policy, environment: Environment, count: int, generator: t
         ValueError: where log p̂ is not a log-probability.
     """
     sampler, grid = environment.sampler, coarse_grid(environment.shape)
-    parts, kept, left = [], {k: [] for k in sampler.noisy_steps}, KEPT
+    found, kept, left = [], {k: [] for k in sampler.noisy_steps}, KEPT
     for batch in _parts(count, environment, generator, at_a_time, "critic: base samples"):
         x, states = batch.noise, [seen(batch.noise.float(), grid)]
         for k in range(len(sampler.timesteps)):
             with policy.noted() as answers:
                 base = base_transition(policy, sampler, batch, k, x)
             if left > 0 and k in kept:
-                kept[k].append(_first((x, answers), min(left, len(batch)), len(batch)))
+                kept[k].append(_first(x, answers, min(left, len(batch))))
             x = base.mean if base.is_deterministic else base.sample(generator)
             states.append(seen(x.float(), grid))
         left -= len(batch)
@@ -138,21 +139,21 @@ def base_pool(policy: Policy, environment: Environment, count: int, generator: t
             raise ValueError(
                 f"critic_trajectories needs log-probabilities, finite and at most 0: {wrong} of {scores.numel()} that the reward gave are not."
             )
-        parts.append((torch.stack(states), batch.prompts, scores))
-    states, *rows = zip(*parts, strict=True)
+        found.append((torch.stack(states), batch.prompts, scores))
+    states, *rows = zip(*found, strict=True)
     joined = {k: _joined(kept.pop(k)) for k in sampler.noisy_steps}  # one step after another: all twice would be too much
     return Pool(torch.cat(states, dim=1), *(torch.cat(column) for column in rows), joined)
 
 
-def _first(known: tuple[torch.Tensor, list[Answer]], count: int, of: int) -> tuple[torch.Tensor, list[Answer]]:
+def _first(x: torch.Tensor, answers: list[Answer], count: int) -> tuple[torch.Tensor, list[Answer]]:
     """The first `count` of a batch's states, and what the denoiser answered to them, on the CPU."""
-    (x, answers), rows, cpu = known, torch.arange(count), torch.device("cpu")
-    return x[:count].cpu(), [_of_rows((output.cpu(), time.cpu()), rows, of, cpu) for output, time in answers]
+    rows, cpu = torch.arange(count), torch.device("cpu")
+    return x[:count].cpu(), [_of_rows((output.cpu(), time.cpu()), rows, len(x), cpu) for output, time in answers]
 
 
-def _joined(parts: list[tuple[torch.Tensor, list[Answer]]]) -> tuple[torch.Tensor, list[Answer]]:
+def _joined(batches: list[tuple[torch.Tensor, list[Answer]]]) -> tuple[torch.Tensor, list[Answer]]:
     """States and answers of several batches as those of one."""
-    states, calls = zip(*parts, strict=True)
+    states, calls = zip(*batches, strict=True)
 
     def joined(values: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Each is (n, …), or (2n, …) of a guided batch, half after half."""
@@ -256,13 +257,14 @@ def learn_control(
         [{"params": groups[name], "lr": rate} for name, rate in rates.items()], betas=(0.9, 0.99), weight_decay=0.0
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, WARM_UP, updates)
-    smooth, noisy = None, list(pool.kept)
+    smooth, noisy, steps = None, list(pool.kept), torch.Generator().manual_seed(generator.initial_seed())
     for update in (bar := tqdm(range(updates), desc="critic: control head", unit="update")):
         loss = torch.zeros((), device=device)
-        for place in torch.randint(len(noisy), (STEPS_AT_A_TIME,), generator=generator, device=device).tolist():
-            k, (states, answers) = noisy[place], pool.kept[noisy[place]]
-            chosen, batch = _lesson(environment, pool, ROWS_A_STEP, generator)
-            rows = chosen.cpu()
+        chosen, every = _lesson(environment, pool, STEPS_AT_A_TIME * ROWS_A_STEP, generator)
+        chosen = chosen.cpu()  # where the states are; the only synchronisation of an update
+        for part in parts(len(every), ROWS_A_STEP):
+            k = noisy[int(torch.randint(len(noisy), (), generator=steps))]
+            (states, answers), rows, batch = pool.kept[k], chosen[part], every[part]
             x, own = states[rows].to(device), [_of_rows(answer, rows, len(states), device) for answer in answers]
             with torch.no_grad(), policy.known(own):
                 base = base_transition(policy, sampler, batch, k, x)

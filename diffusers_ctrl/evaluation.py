@@ -144,13 +144,17 @@ def _peers_of_lone(groups: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(lone if len(lone) > 1 else groups)
 
 
+def _variance(values: torch.Tensor) -> float:
+    """Of one of these, from the spread of all; 0 where there is but one."""
+    return values.double().var().item() if len(values) > 1 else 0.0
+
+
 def _mean_and_se(values: torch.Tensor, groups: list[torch.Tensor]) -> tuple[float, float]:
     """Equally weighted mean of the groups' means, and its standard error (stratified)."""
     means = torch.stack([values[rows].mean() for rows in groups])
-    lone = values[_peers_of_lone(groups)]
-    of_one = lone.var() if len(lone) > 1 else values.new_zeros(())
-    variances = torch.stack([values[rows].var() / len(rows) if len(rows) > 1 else of_one for rows in groups])
-    return means.mean().item(), (variances.sum().sqrt() / len(groups)).item()
+    of_one = _variance(values[_peers_of_lone(groups)])
+    variance = sum(_variance(values[rows]) / len(rows) if len(rows) > 1 else of_one for rows in groups)
+    return means.mean().item(), math.sqrt(variance) / len(groups)
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,7 @@ BOOTSTRAPS = 400
 def certificate(samples: Samples, gamma: float, rows: torch.Tensor | None = None) -> Certificate:
     """The gap to the exact conditional law from tuned trajectories alone, in float64.
 
-    Within each (label, prompt) pair: J is the mean of gamma·log p̂ − KL (the exact per-step KL, less noisy than the log-ratio),
+    Within each (label, prompt) pair: J is the mean of gamma·log p̂ − KL (the exact per-step KL, less noisy than the log-ratio but near the optimum),
     log Z the log-mean-exp of the log-weights, plus the delta method's correction ½(1/ESS − 1/n) for the bias of the logarithm of
     a mean. Standard errors are the spread of J, log Z and their difference over bootstraps of each pair's trajectories, or, of a pair that has
     one only, of all such pairs'.
@@ -292,22 +296,24 @@ def exact_law(
                 share, asked = weights / weights.sum(), label.expand(len(own), -1)
                 hit = hits(environment.space, asked, found[own])
                 if not hit.isnan().any():
-                    lone_hits += hit.tolist() if len(own) == 1 else []
-                    accuracy_variances.append((share * (hit - (share * hit).sum())).square().sum().item())
+                    if len(own) == 1:
+                        lone_hits.append(hit)
+                    else:
+                        accuracy_variances.append((share * (hit - (share * hit).sum())).square().sum().item())
                 parts.append((asked, found[own], share / pairs))
         variance += influence.square().sum().item() / len(own) ** 2
         if len(own) == 1:
             lone.append(scores[chosen][:, own].sum())
-    if len(lone) > 1:  # one sample of a prompt says nothing of its spread: that of all such prompts stands for it
-        variance += len(lone) * torch.stack(lone).var().item()
+    if lone:  # one sample of a prompt says nothing of its spread: that of all such prompts stands for it
+        variance += len(lone) * _variance(torch.stack(lone))
     out = {"base_log_partition": sum(log_z) / pairs, "base_log_partition_se": math.sqrt(variance) / pairs}
     out["base_smallest_ess"] = min(ess)
     if found is not None:
         law = agreement(environment.space, *(torch.cat(part) for part in zip(*parts, strict=True)))
         out |= {f"exact_{name}": value for name, value in law.items()}
+        if lone_hits:
+            accuracy_variances += [_variance(torch.cat(lone_hits))] * len(lone_hits)
         if accuracy_variances:
-            if len(lone_hits) > 1:
-                accuracy_variances[0] += len(lone_hits) * torch.tensor(lone_hits, dtype=torch.float64).var().item()
             out["exact_accuracy_se"] = math.sqrt(sum(accuracy_variances)) / len(accuracy_variances)
     return out
 

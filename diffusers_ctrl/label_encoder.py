@@ -60,6 +60,11 @@ class LabelEncoder(ModelMixin, ConfigMixin):
             self.tables.append(nn.Parameter(torch.zeros(rows, self.gamma_terms * self.width)))
         self.control_head = None if head is None else ControlHead(tuple(head["grid"]), head["width"], embedding_dim, alone)
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether all that it says goes to a control head: the denoiser is told nothing, and there is no LoRA."""
+        return self.control_head is not None and self.control_head.alone
+
     def forward(self, labels: torch.Tensor, gamma: torch.Tensor | float | None = None) -> torch.Tensor:
         """(B, A) labels, NaN where not given, and (B,) gamma -> (B, embedding_dim), LABEL_WIDTH longer with a head, or that alone."""
         dtype, device = self.tables[0].dtype, self.tables[0].device

@@ -133,11 +133,8 @@ def _recomputed_backprop(
         with torch.enable_grad():
             if k not in sampler.noisy_steps:
                 return gradients([base_transition(policy, sampler, own, k, x).mean], [x], [adjoint]) if k > first else []
-            base = None
-            if k in priced:
-                taken, base = both_transitions(policy, sampler, own, k, x)
-            else:
-                taken = tuned_transition(policy, sampler, own, k, x)
+            step = (policy, sampler, own, k, x)
+            taken, base = both_transitions(*step) if k in priced else (tuned_transition(*step), None)
             noise = ((following - taken.mean) / taken.std).detach()
             outputs, weights = [taken.sample(noise=noise)], [adjoint]
             if base is not None:

@@ -79,7 +79,7 @@ class Policy(nn.Module):
             if head is not None and lora_rank == 0:
                 head["alone"] = True
             label_encoder = LabelEncoder(label_space.to_dict(), site_width(site), gamma_range, head)
-        self.shares_base = label_encoder.control_head is not None and label_encoder.control_head.alone
+        self.shares_base = label_encoder.is_alone
         if self.shares_base and (lora_rank or lora_layers(denoiser)):
             raise ValueError(
                 "This label encoder's control head is alone, and LoRA is not for it: lora_rank=0, on a denoiser without any."
@@ -99,7 +99,6 @@ class Policy(nn.Module):
         self._lora = list(self._lora_layers.values())
         self._merged: dict[str, torch.Tensor] | None = None
         self._noted: list[Answer] | None = None
-        self._noted_graph = False
         self._known: Iterator[Answer] | None = None
 
     @property
@@ -155,7 +154,7 @@ class Policy(nn.Module):
         if not self.shares_base or (self.checkpointing and torch.is_grad_enabled()):
             tuned = self(sample, timestep, labels, gamma, prompt_embeds, null_embeds)
             return tuned, self.reference(sample, timestep, prompt_embeds, null_embeds)
-        with self.noted(graph=True) as answers:
+        with self.noted() as answers:
             tuned = self(sample, timestep, labels, gamma, prompt_embeds, null_embeds)
         with self.known(answers):
             return tuned, self.reference(sample, timestep, prompt_embeds, null_embeds)
@@ -271,15 +270,15 @@ class Policy(nn.Module):
             else:
                 output = first(functional_call(self.denoiser, weights, args, kwargs))
             if self._noted is not None:
-                self._noted.append((output if self._noted_graph else output.detach(), hook.time))
+                self._noted.append((output, hook.time))
             return hook.corrected(state_of(args, kwargs), output)
         finally:
             hook.embedding = hook.time = None
 
     @contextmanager
-    def noted(self, graph: bool = False) -> Iterator[list[Answer]]:
-        """Within the block the list gets what the denoiser itself answers, call by call; its graph only if asked for."""
-        self._noted, self._noted_graph = [], graph
+    def noted(self) -> Iterator[list[Answer]]:
+        """Within the block the list gets what the denoiser itself answers, call by call, with its graph where it has one."""
+        self._noted = []
         try:
             yield self._noted
         finally:

@@ -17,6 +17,7 @@ from diffusers_ctrl.rollouts import Environment, rollout
 from task import TaskConfig
 
 
+RECIPE = "recipe"  # the kind of adapter that a setting's own recipe trains
 Draw = Callable[[torch.Tensor, torch.Tensor, torch.Generator], torch.Tensor]  # label (A,), prompt rows (n,), generator -> images
 
 
@@ -34,29 +35,21 @@ class Trained:
 class Setting:
     """One seed of one table's row of labels.
 
-    ours: the adapter whose classifier all are given. variant: opens one of the same classifier that was trained otherwise, by its name under
-    `variants` of experiments/peers.yaml. labels: (M, A).
+    classifier: the one that all methods are given. opened: the adapter of that classifier by its kind: RECIPE, or a name under `variants` of
+    experiments/peers.yaml. labels: (M, A).
     data: the labelled images, which the trained baselines learn from. reference: the exact law at gamma = 1. smoke: everything at toy size.
     """
 
     base: Base
-    ours: Trained
-    variant: Callable[[str], Trained]
+    space: LabelSpace
+    classifier: Classifier
+    opened: Callable[[str], Trained]
     labels: torch.Tensor
     data: Labelled
     reference: Reference
     task: TaskConfig
     seed: int
     smoke: bool = False
-
-    @property
-    def space(self) -> LabelSpace:
-        return self.ours.adapter.label_encoder.label_space
-
-    @property
-    def classifier(self) -> Classifier:
-        """The one that all methods are given."""
-        return self.ours.adapter.classifier
 
     def likelihood(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Its log p̂(y | x), (n,) nats."""
@@ -74,15 +67,15 @@ class Setting:
 class Method:
     """weights: what is tried. fit: what is made once, before any weight is known. draw: (setting, what was made, weight) -> how to draw.
 
-    priced: whether its steps go through `Base.price`, so that the KL of its paths to the base's is known. variant: the adapter's,
-    where it is not the recipe's: only for settings that have it.
+    priced: whether its steps go through `Base.price`, so that the KL of its paths to the base's is known. adapter: the kind
+    that it needs, if any: only for settings that have it.
     """
 
     weights: tuple[float, ...]
     draw: Callable[[Setting, Any, float], Draw]
     fit: Callable[[Setting], Any] = lambda s: None
     priced: bool = False
-    variant: str | None = None
+    adapter: str | None = None
 
 
 def training_free(module: Any) -> Callable[[Setting, Any, float], Draw]:
@@ -179,11 +172,11 @@ def ours(particles: int) -> Callable[[Setting, Trained, float], Draw]:
 METHODS = {
     "base": Method((0,), lambda s, _, weight: lambda y, prompts, g: s.base.draw(prompts, g), priced=True),
     "exact draws": Method((1,), exact),
-    "CTRL": Method((1, 1.6, 2.5, 4), ours(1), lambda s: s.ours, priced=True),
-    "CTRL, 8 particles": Method((1, 2.5, 4), ours(8), lambda s: s.ours),
-    "CTRL, trained longer": Method((1, 2, 4, 8), ours(1), lambda s: s.variant("longer"), priced=True, variant="longer"),
-    "CTRL, control head": Method((1, 2, 4, 8, 12, 16), ours(1), lambda s: s.variant("head"), priced=True, variant="head"),
-    "CTRL, control head, 8 particles": Method((1, 2, 4), ours(8), lambda s: s.variant("head"), variant="head"),
+    "CTRL": Method((1, 1.6, 2.5, 4), ours(1), lambda s: s.opened(RECIPE), priced=True, adapter=RECIPE),
+    "CTRL, 8 particles": Method((1, 2.5, 4), ours(8), lambda s: s.opened(RECIPE), adapter=RECIPE),
+    "CTRL, trained longer": Method((1, 2, 4, 8), ours(1), lambda s: s.opened("longer"), priced=True, adapter="longer"),
+    "CTRL, control head": Method((1, 2, 4, 8, 12, 16), ours(1), lambda s: s.opened("head"), priced=True, adapter="head"),
+    "CTRL, control head, 8 particles": Method((1, 2, 4), ours(8), lambda s: s.opened("head"), adapter="head"),
     "CFG fine-tuning": Method((1, 2, 3, 5), with_cfg, fit_cfg),
     "DPS": Method((0.25, 0.5, 1, 2, 4), training_free(dps), priced=True),
     "MPGD": Method((0.05, 0.1, 0.2, 0.4, 0.8, 1.6), training_free(mpgd)),

@@ -2,8 +2,8 @@
 
     python benchmarks/peers.py [--settings stroke slant jpeg stroke-slant] [--seeds 0 1 2] [--only NAME …] [--outputs 120] [--smoke]
 
-A setting of experiments/peers.yaml and a seed are an adapter, which is trained first where runs/peers/SETTING-SEED does not have it: its classifier
-is everybody's p̂(y | x), its labelled images are what the trained baselines learn from. Every method's one number is tuned on `--validation` images
+A setting of experiments/peers.yaml and a seed are an adapter, which is trained first where runs/peers/SETTING-SEED does not have it (or, where only methods
+that need a variant of it are asked for, that one): its classifier is everybody's p̂(y | x), its labelled images are what the trained baselines learn from. Every method's one number is tuned on `--validation` images
 a label, the same for all, twice: for the distance to the exact law (total variation), and for accuracy by the *classifier*, which is all that a
 user could do. The oracles judge only the finished table. One JSON a method in results/peers/SETTING-seedSEED/; what is there is not run again,
 unless peer_methods.py now has other weights for it to try. `CTRL, trained longer` and `CTRL, control head` have adapters of their own, of the
@@ -24,6 +24,7 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ from diffusers_ctrl.labels import label_grid  # noqa: E402
 from digits_data import digit_oracle  # noqa: E402
 from evaluate import adapter_environment  # noqa: E402
 from likelihood import labelled_images, write_datasets  # noqa: E402
-from peer_methods import METHODS, Draw, Method, Setting, Trained  # noqa: E402
+from peer_methods import METHODS, RECIPE, Draw, Method, Setting, Trained  # noqa: E402
 from records import RESULTS, provenance, write_json  # noqa: E402
 from task import attribute_oracle, parse_arguments  # noqa: E402
 
@@ -62,10 +63,10 @@ def read_experiment() -> dict[str, Any]:
     return yaml.safe_load(EXPERIMENT.read_text())
 
 
-def arguments_of(name: str, seed: int, folder: Path, smoke: bool, variant: str | None = None) -> list[str]:
+def arguments_of(name: str, seed: int, folder: Path, kind: str, smoke: bool) -> list[str]:
     """The command line of a setting's training, or of a variant of it."""
     spec = read_experiment()
-    settings = {**spec["common"], **spec["settings"][name], **(spec["variants"][variant][name] if variant else {})}
+    settings = {**spec["common"], **spec["settings"][name], **({} if kind == RECIPE else spec["variants"][kind][name])}
     settings |= {**(TOY if smoke else {}), "seed": seed, "output_dir": folder}
     settings |= {key: value for key, value in TOY_HEAD.items() if smoke and key in settings}
     found = ["--config", str(ROOT / settings.pop("config"))]
@@ -87,37 +88,50 @@ def trained(arguments: list[str]) -> Trained:
     return Trained(adapter, *adapter_environment(adapter, task, grid), seconds)
 
 
-def open_setting(name: str, seed: int, runs: Path, base_samples: int, smoke: bool = False) -> Setting:
-    """runs: where the adapters are, or will be, and the base samples."""
-    folder = runs / f"{name}-{seed}"
-    arguments = arguments_of(name, seed, folder, smoke)
+def folder_of(name: str, seed: int, kind: str, runs: Path) -> Path:
+    """Where that adapter is, or will be. kind: RECIPE, or one of `variants`."""
+    return runs / (f"{name}-{seed}" if kind == RECIPE else f"{name}-{seed}-{kind}")
+
+
+def open_setting(name: str, seed: int, runs: Path, base_samples: int, kind: str = RECIPE, smoke: bool = False) -> Setting:
+    """runs: where the adapters are, or will be, and the base samples. kind: of the adapter whose classifier all are given."""
+    folder = folder_of(name, seed, kind, runs)
+    arguments = arguments_of(name, seed, folder, kind, smoke)
     task, config = parse_arguments(arguments)
-    ours = trained(arguments)
-    space = ours.adapter.label_encoder.label_space
-    pipe = DiffusionPipeline.from_pretrained(resolve_folder(ours.adapter.config.base["id"]))
-    base = open_base(pipe, list(task.prompts), ours.adapter.config.sampler["num_inference_steps"])
+    given = trained(arguments).adapter
+    space = given.label_encoder.label_space
+    pipe = DiffusionPipeline.from_pretrained(resolve_folder(given.config.base["id"]))
+    base = open_base(pipe, list(task.prompts), given.config.sampler["num_inference_steps"])
     _, images, labels, _ = labelled_images(task, pipe, write_datasets(task, config, pipe), seed)
     data, rows = Labelled(encode(base, images), labels, digit_oracle(images)), label_grid(space, subsets=False).labels
     cache = runs / f"base-samples-{base_samples}.pt"
-    reference = make_reference(base, ours.adapter.classifier, rows, 1.0, list(space.attributes), base_samples, cache)
+    reference = make_reference(base, given.classifier, rows, 1.0, list(space.attributes), base_samples, cache)
 
-    def variant(kind: str) -> Trained:
-        wanted = arguments_of(name, seed, folder.with_name(f"{folder.name}-{kind}"), smoke, kind)
+    def opened(kind: str) -> Trained:
+        where = folder_of(name, seed, kind, runs)
+        wanted = arguments_of(name, seed, where, kind, smoke)
         found, (_, config) = trained(wanted), parse_arguments(wanted)
         settings = found.adapter.config.training["settings"]
         told = {key: settings.get(key, getattr(CTRLConfig, key)) for key in ("lora_rank", "control_head", "gamma_range")}
         if differ := [key for key, value in told.items() if value != getattr(config, key)]:
             raise SystemExit(
-                f"The adapter in {folder}-{kind} was trained with another {', '.join(differ)}: delete it, to train it again here."
+                f"The adapter in {where} was trained with another {', '.join(differ)}: delete it, to train it again here."
             )
-        seen, (one, other) = images[:100], (each.adapter.classifier for each in (ours, found))
+        seen, (one, other) = images[:100], (each.classifier for each in (given, found.adapter))
         if not torch.allclose(of_each(seen, rows, one), of_each(seen, rows, other), atol=1e-3):
-            raise SystemExit(
-                f"The adapters in {folder} and {folder}-{kind} have other classifiers: delete one, to train it again here."
-            )
+            raise SystemExit(f"The adapters in {folder} and {where} have other classifiers: delete one, to train it again here.")
         return found
 
-    return Setting(base, ours, variant, rows, data, reference, task, seed, smoke)
+    return Setting(base, space, given.classifier, opened, rows, data, reference, task, seed, smoke)
+
+
+def whose_classifier(name: str, seed: int, missing: Collection[str], runs: Path) -> str:
+    """The adapter to begin with: of those that the missing methods need, or that there is already. All have the same classifier."""
+    needed = [METHODS[method].adapter for method in missing if METHODS[method].adapter]
+    there = [
+        kind for kind in (RECIPE, *read_experiment()["variants"]) if (folder_of(name, seed, kind, runs) / CONFIG_NAME).is_file()
+    ]
+    return RECIPE if RECIPE in needed else [*needed, *there, RECIPE][0]
 
 
 def draw_all(s: Setting, draw: Draw, per_label: int, seed: int) -> list[torch.Tensor]:
@@ -260,15 +274,16 @@ def main(arguments: list[str] | None = None) -> None:
         args.only.remove("TDS")
     for name, seed in [(name, seed) for seed in args.seeds for name in args.settings]:
         folder = args.results / f"{name}-seed{seed}"
-        kinds = {method: METHODS[method].variant for method in args.only}
-        methods = [method for method, kind in kinds.items() if kind is None or name in spec["variants"][kind]]
+        kinds = {method: METHODS[method].adapter for method in args.only}
+        methods = [method for method, kind in kinds.items() if kind in (None, RECIPE) or name in spec["variants"][kind]]
         paths = {method: folder / f"{method.replace(',', '').replace(' ', '-')}.json" for method in methods}
         missing = {
             method: path for method, path in paths.items() if not (path.exists() and (args.smoke or has_tried(path, method)))
         }
         if not missing:
             continue
-        s = open_setting(name, seed, args.runs, args.base_samples, args.smoke)
+        kind = whose_classifier(name, seed, missing, args.runs)
+        s = open_setting(name, seed, args.runs, args.base_samples, kind, args.smoke)
         bar = tqdm(missing.items(), unit="method")
         for method, path in bar:
             bar.set_description(f"{name}, seed {seed}: {method}")

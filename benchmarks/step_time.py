@@ -11,6 +11,7 @@ a slow minute of the machine meets all of them. Medians over rounds of the media
 - steps/update: how many optimizer steps an update takes; a step: seconds divided by them. One, but where trajectories are reused.
 - 2 trajectories at a time: the same update in two micro-batches, whose calls have 4 rows as the official algorithm's have. Differentiated 2 at a
   time: only the calls with a gradient have 4 rows (`gradient_batch_size`), the trajectories are drawn 4 at once.
+- control head: alone, of width 512 (`lora_rank: 0`), in place of LoRA.
 - MiB: the process's peak above what it had before its first update. rows: samples that the U-Nets were called with, recomputation included.
 
 `official` is the algorithm of official.py. `sampling` is one batch of trajectories of the tuned model, without gradient: the floor of any method that
@@ -52,6 +53,7 @@ GUIDANCE = 7.5
 SPACE = LabelSpace(size=Categorical(("largest", "large", "small", "smallest")))
 # settings of CTRLConfig by row; a float is a share of the steps
 DEFAULT = {"objective": "adjoint_matching"}
+HEAD = {"lora_rank": 0, "merge_lora": False, "control_head": 512}  # alone: LoRA left out, nothing in the U-Net is trained
 ROWS: dict[str, dict[str, Any]] = {
     "official": {},
     "adjoint_matching (default)": DEFAULT,
@@ -70,6 +72,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "direct_backprop, all steps, KL at a fifth": {"objective": "direct_backprop", "num_kl_steps": 0.2},
     "direct_backprop, last fifth": {"objective": "direct_backprop", "truncation": 0.2},
     "policy_gradient": {"objective": "policy_gradient"},
+    "control head, adjoint_matching (default)": {**HEAD, **DEFAULT},
+    "control head, direct_backprop, all steps": {**HEAD, "objective": "direct_backprop"},
+    "control head, direct_backprop, all steps, tape": {**HEAD, "objective": "direct_backprop", "checkpointing": False},
     "sampling": {},
 }
 SMOKE = ("official", "adjoint_matching (default)", "sampling")
@@ -89,6 +94,9 @@ def update_of(row: str, size_name: str, steps: int, folder: str) -> tuple[Callab
     policy = Policy(
         unet,
         label_space=SPACE,
+        lora_rank=config.lora_rank,
+        control_head=config.control_head,
+        shape=(4, size.side, size.side),
         guidance_scale=1.0 if row == "official" else GUIDANCE,
         checkpointing=config.checkpointing,
     )

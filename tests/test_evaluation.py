@@ -21,6 +21,7 @@ from diffusers_ctrl.evaluation import (
     exact_law,
     judge,
     lower_bounds,
+    path_objectives,
 )
 from diffusers_ctrl.labels import label_grid
 from diffusers_ctrl.rollouts import Environment, Sampler
@@ -149,6 +150,36 @@ def test_standard_errors_are_the_spread_over_repetitions():
         values = torch.tensor([getattr(c, name) for c in found])
         claimed = torch.tensor([getattr(c, f"{name}_se") for c in found]).mean()
         assert 0.7 < (values.std() / claimed).item() < 1.4, name
+
+
+def of_pairs(pairs: int, each: int, score: torch.Tensor, kl: torch.Tensor, log_ratio: torch.Tensor) -> Samples:
+    """`each` trajectories of each prompt, of one label."""
+    prompts = torch.arange(pairs).repeat_interleave(each)
+    return Samples(None, torch.zeros_like(prompts), prompts, score, kl, log_ratio)
+
+
+@pytest.mark.parametrize("each", [1, 3, 10])
+def test_j_has_no_bias_from_the_noise_that_is_taken_out_of_it(each):
+    """The objective bends with the noise of the log-ratio, so that a slope fitted to the same rows would go with their mean."""
+    generator, found, repetitions = torch.Generator().manual_seed(0), [], 4000
+    levels = torch.tensor([-1.0, 2.0], dtype=torch.float64).repeat_interleave(each)
+    for _ in range(repetitions):
+        noise = torch.randn(2 * each, generator=generator, dtype=torch.float64)
+        kl = torch.full_like(noise, 0.3)
+        samples = of_pairs(2, each, levels + 0.5 * noise + 0.5 * noise.square() + kl, kl, kl + noise)
+        found.append(path_objectives(samples, 1.0, _groups(samples)).mean())
+    values = torch.stack(found)
+    assert abs(values.mean() - (0.5 + 0.5)) < 4 * values.std() / repetitions**0.5  # the levels' mean, and half of E[noise²]
+
+
+def test_at_the_optimum_j_has_hardly_any_noise():
+    """There γ log p̂ less the log-ratio is log Z on every path; with the exact KL alone J would have the noise of the log-ratio."""
+    noise = torch.randn(300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    kl = 1 + 0.1 * noise.square()
+    samples = of_pairs(30, 10, (kl + noise - 2) / 2.0, kl, kl + noise)
+    found = certificate(samples, 2.0)
+    assert abs(found.objective + 2) < 0.005 and found.objective_se < 0.005
+    assert ((noise.std() / 300**0.5) > 0.05) and found.gap_se < 0.01
 
 
 def test_pairs_of_one_sample_have_an_error_too():

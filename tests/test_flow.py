@@ -90,17 +90,17 @@ def mean_over_labels(function, steps):
 
 @pytest.mark.parametrize("objective", ["direct_backprop", "adjoint_matching"])
 def test_a_flow_trains_to_the_exact_posterior_as_ddim_does(objective, tmp_path):
-    """The gap in nats is within three standard errors of DDIM's on the twin problem, and of what Gaussian steps can reach at all."""
+    """The gap is within 0.02 nats of DDIM's on the twin problem, and within 0.025 of what Gaussian steps can reach at all."""
     ddim = cosine_scheduler()
     twin_sampler, twin_samples = train(tmp_path / "ddim", GaussianDenoiser(*PRIOR, ddim), ddim, objective)
     sampler, samples = train(tmp_path / "flow", GaussianFlow(*PRIOR), MemorylessFlowMatchScheduler(), objective)
     steps, twin_steps = flow_steps(sampler), affine_steps(*PRIOR, twin_sampler)
     found, twin = certificate(samples, 1.0), certificate(twin_samples, 1.0)
-    assert abs(found.gap - twin.gap) < 3 * math.hypot(found.gap_se, twin.gap_se)
+    assert abs(found.gap - twin.gap) < 0.02
     for law, mine in ((found, steps), (twin, twin_steps)):
         exact, reachable = mean_over_labels(exact_log_partition, mine), mean_over_labels(best_objective, mine)
         assert abs(law.log_partition - exact) < 3 * law.log_partition_se
-        assert -3 * law.gap_se < law.gap < 3 * law.gap_se + (exact - reachable)
+        assert exact - reachable - 3 * law.gap_se < law.gap < exact - reachable + 0.025
     for row, y in enumerate(OBSERVATIONS):
         mean, variance = posterior_moments(steps, y, NOISE)
         x = samples.images[samples.label_rows == row]

@@ -476,7 +476,7 @@ def gaussian_trainer(folder, rank: int, gamma_range=None, **settings) -> tuple[C
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
 )
 def test_gaussian_prior_and_likelihood_train_to_the_exact_posterior(steps, settings, tmp_path):
-    """Closed form: the gap goes to 0 within its error, mean and variance of the samples to the exact ones within 0.02."""
+    """Closed form: the gap goes to what can be reached within 0.025 nats, mean and variance of the samples to the exact ones within 0.02."""
     torch.manual_seed(0)
     trainer, affine = gaussian_trainer(tmp_path, 1, num_inference_steps=steps, batch_size=256, max_updates=160, **settings)
     trainer.train()
@@ -488,8 +488,9 @@ def test_gaussian_prior_and_likelihood_train_to_the_exact_posterior(steps, setti
     reachable = sum(best_objective(affine, y, NOISE) for y in OBSERVATIONS) / 2
     assert exact - reachable < 0.5 / steps  # what no Gaussian step of the base's variance can close
     assert abs(found.log_partition - exact) < 3 * found.log_partition_se
-    assert found.gap < 3 * found.gap_se + (exact - reachable)
-    assert found.gap > -3 * found.gap_se
+    assert exact - reachable - 3 * found.gap_se < found.gap < exact - reachable + 0.025
+    # so near the optimum the exact KL alone would leave J much of the log-ratio's noise
+    assert found.objective_se < 0.5 * (samples.log_likelihood - samples.kl).std().item() / len(samples.kl) ** 0.5
     for row, y in enumerate(OBSERVATIONS):
         mean, variance = posterior_moments(affine, y, NOISE)
         x = samples.images[samples.label_rows == row]

@@ -69,8 +69,9 @@ def make_trainer(problem: str, folder: Path, dtype: torch.dtype = torch.float32,
         perturbed(policy, 0.1)
         return CTRLTrainer(policy, scheduler, GaussianLikelihood((-0.4, 1.0), 0.6), config, shape=(1,))
     environment = tiny_environment(4)
+    trained_parts = {"lora_rank": 0, "control_head": 16} if problem == "head" else {"perturb": 0.05}
     return CTRLTrainer(
-        tiny_policy(perturb=0.05, gamma_range=(0.5, 2.0)).to(dtype),
+        tiny_policy(gamma_range=(0.5, 2.0), **trained_parts).to(dtype),
         cosine_scheduler(),
         lambda x, labels: environment.reward(x.double(), labels).float(),
         config,
@@ -99,8 +100,7 @@ def trained(problem: str, folder: Path, **settings) -> dict[str, torch.Tensor]:
     groups = trainer.policy.trainable_parameters()
     return {
         "gradients": torch.stack(gradients),
-        "lora": flat(groups["lora"]),
-        "label_encoder": flat(groups["label_encoder"]),
+        **{name: flat(group) for name, group in groups.items()},
         "history": torch.tensor([[row[key] for key in ("reward", "kl", "objective")] for row in history], dtype=torch.float64),
     }
 
@@ -111,7 +111,10 @@ def training(folder: Path) -> dict[str, torch.Tensor]:
         for name, settings in OBJECTIVES.items():
             result = trained(problem, folder, max_updates=updates, **settings)
             found |= {f"{problem}/{name}/{key}": value for key, value in result.items()}
-    return found
+    # a control head alone, which the main process warms for all
+    warmed = {"lora_rank": 0, "control_head": 16, "critic_trajectories": 60, "critic_updates": 4, "objective": "direct_backprop"}
+    result = trained("head", folder, max_updates=2, **warmed)
+    return found | {f"head/{key}": value for key, value in result.items()}
 
 
 def half_synchronised(folder: Path) -> dict[str, torch.Tensor]:

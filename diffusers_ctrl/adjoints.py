@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -23,17 +24,26 @@ from .rollouts import Batch, Sampler, base_transition
 from .transitions import Transition
 
 
-# k, which rows of the batch, their x_k, the base's transition there, their adjoint_{k+1}; where a control head is alone what the denoiser answered
-Target = tuple[int, slice, torch.Tensor, Transition, torch.Tensor, list[Answer] | None]
+class Target(NamedTuple):
+    """What the control of step k is to be regressed on, for some rows of a batch. Nothing in it has a graph.
+
+    x: x_k (n, C, *). base: its transition there. adjoint: adjoint_{k+1} (n, C, *). answers: the denoiser's at x_k, where the tuned model is made
+    of them, that is where a control head is alone; else None.
+    """
+
+    k: int
+    rows: slice
+    x: torch.Tensor
+    base: Transition
+    adjoint: torch.Tensor
+    answers: list[Answer] | None
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What the controls of some steps are to be regressed on. Nothing in it has a graph.
+    """What the controls of some steps are to be regressed on.
 
-    steps: from the last to the first, each (k, rows of the batch, x_k (n, C, *), the base's transition at x_k, adjoint_{k+1} (n, C, *), what the
-        denoiser answered at x_k, where the tuned model is made of that, else None).
-    reward: log p̂(y | x_K), (B,) nats.
+    steps: from the last to the first. reward: log p̂(y | x_K), (B,) nats.
     """
 
     steps: tuple[Target, ...]
@@ -75,7 +85,7 @@ def lean_adjoint(
     scheduler, the step of a sampler that has no states in between. The base is called with `at_a_time` rows, all by default.
 
     Yields:
-        (k, rows, x_k, the base's transition at x_k, adjoint_{k+1}, the denoiser's answers or None), from the last chosen step to the first.
+        Targets, from the last chosen step to the first.
     """
     known = len(sampler.timesteps)  # the adjoint is known of x_known
     for k, states in states_at(policy, sampler, batch, path, {*chosen, *solved_at}):
@@ -91,7 +101,7 @@ def lean_adjoint(
                     base = base_transition(policy, sampler, batch[rows], k, x)
             if k in chosen:
                 kept = [(output.detach(), time) for output, time in answers] if policy.shares_base else None
-                yield k, rows, x.detach(), Transition(base.mean.detach(), base.std.detach()), following, kept
+                yield Target(k, rows, x.detach(), Transition(base.mean.detach(), base.std.detach()), following, kept)
         if k in solved_at:
             adjoint, known = torch.cat(solved_rows), k
 

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from . import processes
 from .accuracy import LabelOracle, agreement, hits, measure
+from .estimates import path_objectives
 from .particles import effective_sample_size
 from .policy import Policy
 from .randomness import TrajectoryNoise, batch_seeds
@@ -179,23 +180,6 @@ class Certificate:
 BOOTSTRAPS = 400
 
 
-def path_objectives(samples: Samples, gamma: float, groups: Sequence[torch.Tensor]) -> torch.Tensor:
-    """(N,) nats: the mean within a group, whose rows `groups` has, is an unbiased estimate of its J. Every row is in a group.
-
-    γ log p̂ − KL of a path has that expectation, with the exact KL of its steps; so has γ log p̂ − c·log-ratio − (1 − c)·KL for any fixed c, since the
-    log-ratio less the KL is a sum of steps whose means are zero, whatever came before. Far from the optimum c = 0 has the least noise,
-    at the optimum c = 1 has none at all. Each half of the rows takes its c, from 0 to 1, from a regression on the other half, so that c and what
-    it multiplies are independent, and the estimate stays without bias.
-    """
-    j, noise = (gamma * samples.log_likelihood - samples.kl).double(), (samples.log_ratio - samples.kl).double()
-    out, order = j.clone(), torch.cat(list(groups))  # halves of each group, not of all rows as they come
-    for own, other in ((order[::2], order[1::2]), (order[1::2], order[::2])):
-        if len(other) > 1 and (power := noise[other].square().sum()) > 0:
-            slope = ((j[other] - j[other].mean()) * noise[other]).sum() / power
-            out[own] -= slope.clamp(0, 1) * noise[own]
-    return out
-
-
 def certificate(samples: Samples, gamma: float, rows: torch.Tensor | None = None) -> Certificate:
     """The gap to the exact conditional law from tuned trajectories alone, in float64.
 
@@ -204,7 +188,8 @@ def certificate(samples: Samples, gamma: float, rows: torch.Tensor | None = None
     over bootstraps of each pair's trajectories, or, of a pair that has one only, of all such pairs'.
     """
     groups = _groups(samples)
-    j = path_objectives(samples, gamma, groups)  # of all rows, so that the labels' figures have the mean of the whole
+    # of all rows, so that the labels' figures have the mean of the whole
+    j = path_objectives(gamma * samples.log_likelihood, samples.kl, samples.log_ratio, groups)
     if rows is not None:
         kept = set(rows.tolist())
         groups = [g for g in groups if int(g[0]) in kept]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from . import processes
+from .estimates import path_objectives
 from .particles import effective_sample_size
 from .policy import Policy
 from .randomness import TrajectoryNoise, batch_seeds
@@ -41,12 +42,13 @@ class Measurement:
 
     @property
     def objectives(self) -> torch.Tensor:
-        """(N,) gamma·log p̂ − KL; their mean is J."""
-        return self.gamma * self.log_likelihood - self.kl
+        """(N,) nats; their mean is J, see `path_objectives`."""
+        rows = [(self.label_rows == row).nonzero().flatten() for row in self.label_rows.unique()]
+        return path_objectives(self.gamma * self.log_likelihood, self.kl, self.log_ratio, rows)
 
     @property
     def is_finite(self) -> bool:
-        return bool(torch.isfinite(self.objectives).all() and torch.isfinite(self.log_ratio).all())
+        return all(bool(values.isfinite().all()) for values in (self.log_likelihood, self.kl, self.log_ratio))
 
 
 def _rows(environment: Environment, count: int, gammas: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

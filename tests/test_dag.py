@@ -44,6 +44,7 @@ ORDER = (
     "sampling",
     "export",
     "accuracy",
+    "estimates",
     "evaluation",
     "baked",
     "cards",

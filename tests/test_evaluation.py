@@ -8,6 +8,7 @@ import torch
 
 from diffusers_ctrl import Categorical, Continuous, LabelSpace, Policy
 from diffusers_ctrl.accuracy import confusion_matrix, measure
+from diffusers_ctrl.estimates import path_objectives
 from diffusers_ctrl.evaluation import (
     Samples,
     _groups,
@@ -21,7 +22,6 @@ from diffusers_ctrl.evaluation import (
     exact_law,
     judge,
     lower_bounds,
-    path_objectives,
 )
 from diffusers_ctrl.labels import label_grid
 from diffusers_ctrl.rollouts import Environment, Sampler
@@ -167,7 +167,7 @@ def test_j_has_no_bias_from_the_noise_that_is_taken_out_of_it(each):
         noise = torch.randn(2 * each, generator=generator, dtype=torch.float64)
         kl = torch.full_like(noise, 0.3)
         samples = of_pairs(2, each, levels + 0.5 * noise + 0.5 * noise.square() + kl, kl, kl + noise)
-        found.append(path_objectives(samples, 1.0, _groups(samples)).mean())
+        found.append(path_objectives(samples.log_likelihood, kl, samples.log_ratio, _groups(samples)).mean())
     values = torch.stack(found)
     assert abs(values.mean() - (0.5 + 0.5)) < 4 * values.std() / repetitions**0.5  # the levels' mean, and half of E[noise²]
 

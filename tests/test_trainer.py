@@ -456,7 +456,8 @@ def test_measurements_are_in_the_history_and_change_nothing(tmp_path):
     measured = [row["update"] for row in history if "eval_objective" in row]
     assert measured == [2, 4, 6]
     last = history[-1]
-    assert last["eval_objective"] == pytest.approx(last["eval_reward"] - last["eval_kl"])
+    # up to the noise of the log-ratio, which J is freed of
+    assert last["eval_objective"] == pytest.approx(last["eval_reward"] - last["eval_kl"], abs=0.05)
     assert {"by_label.low.kl", "by_label.high.reward", "by_label.low.objective", "eval_ess", "eval_spread"} <= set(last)
     for row, bare in zip(history, plain, strict=True):
         assert all(row[name] == value for name, value in bare.items() if name != "seconds")

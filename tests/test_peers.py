@@ -172,3 +172,22 @@ def test_a_spread_and_what_was_claimed():
     found = gap_spread.spread_of([1.0, 2.0, 3.0], [0.3, 0.4, 0.0])
     assert found["spread"] == 1.0 and found["mean"] == 2.0 and found["mean_se"] == pytest.approx(3**-0.5)
     assert found["claimed"] == pytest.approx((0.25 / 3) ** 0.5) and found["ratio"] == pytest.approx(12**0.5)
+
+
+@pytest.mark.parametrize(
+    ("missing", "there", "kind"),
+    [
+        (["CTRL", "CTRL, control head"], [], "recipe"),
+        (["CTRL, control head", "DPS"], [], "head"),  # no training of the recipe for its classifier alone
+        (["CTRL, trained longer"], ["recipe"], "longer"),
+        (["DPS"], ["head"], "head"),
+        (["DPS"], ["head", "recipe"], "recipe"),
+        (["DPS"], [], "recipe"),
+    ],
+)
+def test_the_classifier_is_that_of_an_adapter_that_is_needed_or_there(missing, there, kind, tmp_path):
+    for other in there:
+        folder = peers.folder_of("stroke", 1, other, tmp_path)
+        folder.mkdir()
+        (folder / peers.CONFIG_NAME).touch()
+    assert peers.whose_classifier("stroke", 1, missing, tmp_path) == kind

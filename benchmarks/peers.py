@@ -2,8 +2,9 @@
 
     python benchmarks/peers.py [--settings stroke slant jpeg stroke-slant] [--seeds 0 1 2] [--only NAME …] [--outputs 120] [--smoke]
 
-A setting of experiments/peers.yaml and a seed are an adapter, which is trained first where runs/peers/SETTING-SEED does not have it (or, where only methods
-that need a variant of it are asked for, that one): its classifier is everybody's p̂(y | x), its labelled images are what the trained baselines learn from. Every method's one number is tuned on `--validation` images
+A setting of experiments/peers.yaml and a seed are an adapter, which is trained first where runs/peers/SETTING-SEED does not have it (a variant of it, where
+a method that is asked for needs that and none needs the recipe's): its classifier is everybody's p̂(y | x), its labelled images are what the trained
+baselines learn from. Every method's one number is tuned on `--validation` images
 a label, the same for all, twice: for the distance to the exact law (total variation), and for accuracy by the *classifier*, which is all that a
 user could do. The oracles judge only the finished table. One JSON a method in results/peers/SETTING-seedSEED/; what is there is not run again,
 unless peer_methods.py now has other weights for it to try. `CTRL, trained longer` and `CTRL, control head` have adapters of their own, of the
@@ -40,7 +41,7 @@ from baselines.base import Labelled, encode, open_base  # noqa: E402
 from exact_reference import distance_to_law, make_reference, of_each, of_exact_draws, small, to_exact  # noqa: E402
 
 import train_ctrl  # noqa: E402
-from diffusers_ctrl import CTRLConfig  # noqa: E402
+from diffusers_ctrl import Classifier, CTRLConfig  # noqa: E402
 from diffusers_ctrl.accuracy import agreement  # noqa: E402
 from diffusers_ctrl.adapters import CONFIG_NAME, load_adapter, resolve_folder  # noqa: E402
 from diffusers_ctrl.labels import label_grid  # noqa: E402
@@ -49,11 +50,18 @@ from evaluate import adapter_environment  # noqa: E402
 from likelihood import labelled_images, write_datasets  # noqa: E402
 from peer_methods import METHODS, RECIPE, Draw, Method, Setting, Trained  # noqa: E402
 from records import RESULTS, provenance, write_json  # noqa: E402
-from task import attribute_oracle, parse_arguments  # noqa: E402
+from task import TaskConfig, attribute_oracle, parse_arguments  # noqa: E402
 
 
 EXPERIMENT = Path(__file__).resolve().parent / "experiments" / "peers.yaml"
 BATCH, PRICED = 120, 100
+TOLD = (
+    "lora_rank",
+    "control_head",
+    "gamma_range",
+    "num_inference_steps",
+    "seed",
+)  # settings that an adapter must have been trained with
 TOY = {"max_updates": 2, "coarse_updates": 1, "coarse_steps": 4, "num_inference_steps": 4, "batch_size": 9, "num_labels": 90}
 TOY |= {"eval_samples": 10, "base_samples": 90, "classifier_epochs": 1, "classifier_members": 2}
 TOY_HEAD = {"critic_trajectories": 90, "critic_updates": 2}
@@ -75,17 +83,9 @@ def arguments_of(name: str, seed: int, folder: Path, kind: str, smoke: bool) -> 
     return found
 
 
-def trained(arguments: list[str]) -> Trained:
-    """The adapter of this command line; trains it where it is not there yet."""
-    task, config = parse_arguments(arguments)
-    folder = Path(config.output_dir)
-    if not (folder / CONFIG_NAME).is_file():
-        train_ctrl.main(arguments)
-    adapter = load_adapter(folder)
-    adapter.classifier.eval().requires_grad_(False)
-    seconds = adapter.config.metrics["seconds_classifier"] + adapter.config.metrics["seconds_train"]
-    grid = label_grid(adapter.label_encoder.label_space, subsets=False)
-    return Trained(adapter, *adapter_environment(adapter, task, grid), seconds)
+def kinds_of(name: str) -> list[str]:
+    """The kinds of adapter that a setting has."""
+    return [RECIPE, *(kind for kind, settings in read_experiment()["variants"].items() if name in settings)]
 
 
 def folder_of(name: str, seed: int, kind: str, runs: Path) -> Path:
@@ -93,45 +93,74 @@ def folder_of(name: str, seed: int, kind: str, runs: Path) -> Path:
     return runs / (f"{name}-{seed}" if kind == RECIPE else f"{name}-{seed}-{kind}")
 
 
-def open_setting(name: str, seed: int, runs: Path, base_samples: int, kind: str = RECIPE, smoke: bool = False) -> Setting:
-    """runs: where the adapters are, or will be, and the base samples. kind: of the adapter whose classifier all are given."""
+def trained(name: str, seed: int, kind: str, runs: Path, smoke: bool) -> tuple[Trained, TaskConfig, CTRLConfig]:
+    """The adapter, and what its command line says; trains it where it is not there yet."""
     folder = folder_of(name, seed, kind, runs)
     arguments = arguments_of(name, seed, folder, kind, smoke)
     task, config = parse_arguments(arguments)
-    given = trained(arguments).adapter
+    if not (folder / CONFIG_NAME).is_file():
+        train_ctrl.main(arguments)
+    adapter = load_adapter(folder)
+    settings = adapter.config.training["settings"]
+    told = {key: settings.get(key, getattr(CTRLConfig, key)) for key in TOLD}
+    if differ := [key for key, value in told.items() if value != getattr(config, key)]:
+        raise SystemExit(
+            f"The adapter in {folder} was trained with another {', '.join(differ)}: delete it, to train it again here."
+        )
+    adapter.classifier.eval().requires_grad_(False)
+    seconds = adapter.config.metrics["seconds_classifier"] + adapter.config.metrics["seconds_train"]
+    grid = label_grid(adapter.label_encoder.label_space, subsets=False)
+    return Trained(adapter, *adapter_environment(adapter, task, grid), seconds), task, config
+
+
+def open_setting(name: str, seed: int, runs: Path, base_samples: int, kind: str = RECIPE, smoke: bool = False) -> Setting:
+    """runs: where the adapters are, or will be, and the base samples. kind: of the adapter whose classifier all are given."""
+    first, task, config = trained(name, seed, kind, runs, smoke)
+    given = first.adapter
     space = given.label_encoder.label_space
     pipe = DiffusionPipeline.from_pretrained(resolve_folder(given.config.base["id"]))
     base = open_base(pipe, list(task.prompts), given.config.sampler["num_inference_steps"])
     _, images, labels, _ = labelled_images(task, pipe, write_datasets(task, config, pipe), seed)
     data, rows = Labelled(encode(base, images), labels, digit_oracle(images)), label_grid(space, subsets=False).labels
-    cache = runs / f"base-samples-{base_samples}.pt"
-    reference = make_reference(base, given.classifier, rows, 1.0, list(space.attributes), base_samples, cache)
 
-    def opened(kind: str) -> Trained:
-        where = folder_of(name, seed, kind, runs)
-        wanted = arguments_of(name, seed, where, kind, smoke)
-        found, (_, config) = trained(wanted), parse_arguments(wanted)
-        settings = found.adapter.config.training["settings"]
-        told = {key: settings.get(key, getattr(CTRLConfig, key)) for key in ("lora_rank", "control_head", "gamma_range")}
-        if differ := [key for key, value in told.items() if value != getattr(config, key)]:
-            raise SystemExit(
-                f"The adapter in {where} was trained with another {', '.join(differ)}: delete it, to train it again here."
-            )
-        seen, (one, other) = images[:100], (each.classifier for each in (given, found.adapter))
-        if not torch.allclose(of_each(seen, rows, one), of_each(seen, rows, other), atol=1e-3):
-            raise SystemExit(f"The adapters in {folder} and {where} have other classifiers: delete one, to train it again here.")
+    def same_classifier(other: str, classifier: Classifier) -> None:
+        seen = images[:100]
+        if not torch.allclose(of_each(seen, rows, given.classifier), of_each(seen, rows, classifier), atol=1e-3):
+            one, two = (folder_of(name, seed, each, runs) for each in (kind, other))
+            raise SystemExit(f"The adapters in {one} and {two} have other classifiers: delete one, to train it again here.")
+
+    for other in kinds_of(name):
+        if other != kind and (folder_of(name, seed, other, runs) / CONFIG_NAME).is_file():
+            same_classifier(other, load_adapter(folder_of(name, seed, other, runs)).classifier.eval())
+
+    def opened(wanted: str) -> Trained:
+        if wanted == kind:
+            return first
+        found, *_ = trained(name, seed, wanted, runs, smoke)
+        same_classifier(wanted, found.adapter.classifier)
         return found
 
+    cache = runs / f"base-samples-{base_samples}.pt"
+    reference = make_reference(base, given.classifier, rows, 1.0, list(space.attributes), base_samples, cache)
     return Setting(base, space, given.classifier, opened, rows, data, reference, task, seed, smoke)
 
 
 def whose_classifier(name: str, seed: int, missing: Collection[str], runs: Path) -> str:
-    """The adapter to begin with: of those that the missing methods need, or that there is already. All have the same classifier."""
+    """The adapter to begin with: the recipe's where a method needs it or it is there, else one that is needed or there. All have the same classifier."""
     needed = [METHODS[method].adapter for method in missing if METHODS[method].adapter]
-    there = [
-        kind for kind in (RECIPE, *read_experiment()["variants"]) if (folder_of(name, seed, kind, runs) / CONFIG_NAME).is_file()
-    ]
-    return RECIPE if RECIPE in needed else [*needed, *there, RECIPE][0]
+    there = [kind for kind in kinds_of(name) if (folder_of(name, seed, kind, runs) / CONFIG_NAME).is_file()]
+    return RECIPE if RECIPE in (*needed, *there) else [*needed, *there, RECIPE][0]
+
+
+def check_partition(folder: Path, found: float, base_samples: int) -> None:
+    """Raises SystemExit where results in the folder were made with another classifier: log Z of the same base samples would differ."""
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text())
+        if record["base_samples"] == base_samples and abs(record["log_partition"] - found) > 1e-3:
+            raise SystemExit(
+                f"{path} is of another classifier: its log Z is {record['log_partition']:.4f}, and that of the adapters at hand {found:.4f}. Delete "
+                "the folder, to run all methods again."
+            )
 
 
 def draw_all(s: Setting, draw: Draw, per_label: int, seed: int) -> list[torch.Tensor]:
@@ -262,13 +291,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--outputs", type=int, default=120, help="images a label")
     parser.add_argument("--validation", type=int, default=30, help="images a label for each weight that is tried")
     parser.add_argument("--base_samples", type=int, default=51_000)
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "peers", help="where the adapters are, or will be")
-    parser.add_argument("--results", type=Path, default=RESULTS / "peers")
+    parser.add_argument("--runs", type=Path, help="where the adapters are, or will be: runs/peers; with --smoke runs/peers-smoke")
+    parser.add_argument("--results", type=Path, help="benchmarks/results/peers; with --smoke within --runs")
     parser.add_argument("--smoke", action="store_true", help="everything at toy size, to see that it runs")
     args = parser.parse_args(arguments)
     if args.smoke:
         args.outputs, args.validation = 20, 10
         args.base_samples = 300
+    args.runs = args.runs or ROOT / "runs" / ("peers-smoke" if args.smoke else "peers")
+    args.results = args.results or (args.runs / "results" if args.smoke else RESULTS / "peers")
     if "TDS" in args.only and importlib.util.find_spec("azula") is None:
         print("TDS is left out: it needs azula, which benchmarks/README.md says how to install.")
         args.only.remove("TDS")
@@ -284,6 +315,7 @@ def main(arguments: list[str] | None = None) -> None:
             continue
         kind = whose_classifier(name, seed, missing, args.runs)
         s = open_setting(name, seed, args.runs, args.base_samples, kind, args.smoke)
+        check_partition(folder, s.reference.log_partition, args.base_samples)
         bar = tqdm(missing.items(), unit="method")
         for method, path in bar:
             bar.set_description(f"{name}, seed {seed}: {method}")

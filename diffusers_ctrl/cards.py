@@ -215,7 +215,7 @@ def card_text(config: AdapterConfig, pictures: Sequence[str] = ()) -> str:
             ("prompt accuracy", "prompt_accuracy"),
             ("log p̂(y given x), nats", "log_likelihood"),
             ("log Z, nats", "log_partition"),
-            ("J = gamma log p̂ − KL, nats", "objective"),
+            ("J = E[gamma log p̂ − KL], nats", "objective"),
             ("KL to the base, nats", "kl"),
             ("**gap = log Z − J, nats**", "gap"),
             ("gap to log Z from base samples, nats", "gap_from_base"),

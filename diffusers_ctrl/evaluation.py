@@ -185,7 +185,7 @@ def certificate(samples: Samples, gamma: float, rows: torch.Tensor | None = None
 
     Within each (label, prompt) pair: J is the mean of `path_objectives`, log Z the log-mean-exp of the log-weights, plus the delta method's
     correction ½(1/ESS − 1/n) for the bias of the logarithm of a mean. Standard errors are the spread of J, log Z and their difference
-    over bootstraps of each pair's trajectories, or, of a pair that has one only, of all such pairs'.
+    over bootstraps of each pair's trajectories, or, of a pair that has one only, of all such pairs'. Trajectories must be independent.
     """
     groups = _groups(samples)
     # of all rows, so that the labels' figures have the mean of the whole
@@ -356,9 +356,14 @@ def _from_base(metrics: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def _rows_of(samples: Samples, label_rows: list[int]) -> torch.Tensor:
+    """Which samples are of these labels."""
+    return torch.isin(samples.label_rows, torch.tensor(label_rows)).nonzero().flatten()
+
+
 def select(samples: Samples, label_rows: list[int]) -> Samples:
     """The samples of these labels only."""
-    return take(samples, torch.isin(samples.label_rows, torch.tensor(label_rows)))
+    return take(samples, _rows_of(samples, label_rows))
 
 
 def evaluate(
@@ -395,7 +400,7 @@ def evaluate(
     out |= _from_base(out)
     for given, rows in _by_given(environment).items():
         part = select(tuned, rows)
-        found = _scores(part, environment) | _whole(part, gamma)
+        found = _scores(part, environment) | _whole(tuned, gamma, _rows_of(tuned, rows))
         found["kl"], found["kl_se"] = _mean_and_se(part.kl, _groups(part))
         found |= exact_law(base, environment, scores=scores, rows=rows)
         out |= {f"by_given.{given}.{key}": value for key, value in (found | _from_base(found)).items()}

@@ -60,11 +60,15 @@ class Transition:
         """
         if self.is_deterministic and other.is_deterministic:
             return sum_but_first(torch.zeros_like(self.mean))
-        if torch.equal(self.std, other.std):
-            return sum_but_first(((self.mean - other.mean) / self.std).square()) / 2
-        ratio = (self.std / other.std).square()
-        shift = ((self.mean - other.mean) / other.std).square()
-        return sum_but_first((ratio + shift - 1 - ratio.log()).expand_as(self.mean)) / 2
+        # a square of half precision is infinite from 256 on
+        mean, std, other_mean, other_std = (
+            v.float() if v.dtype in (torch.float16, torch.bfloat16) else v for v in (self.mean, self.std, other.mean, other.std)
+        )
+        if torch.equal(std, other_std):
+            return sum_but_first(((mean - other_mean) / std).square()) / 2
+        ratio = (std / other_std).square()
+        shift = ((mean - other_mean) / other_std).square()
+        return sum_but_first((ratio + shift - 1 - ratio.log()).expand_as(mean)) / 2
 
     def log_prob(self, x: torch.Tensor) -> torch.Tensor:
         """log N(x; mean, std²) in nats, summed over dimensions: (B,). Raises ValueError on a deterministic step."""

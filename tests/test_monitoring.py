@@ -127,6 +127,19 @@ def made(rewards=(-1.0, -1.0), kls=(0.5, 0.5), spread=(1.0, 1.0), ratio=0.0, noi
 BASE = {"spread": [1.0, 1.0], "ess": [0.8, 0.8]}
 
 
+def test_j_is_freed_of_the_noise_of_the_log_ratio():
+    """Rows of several gammas: at the optimum of each, gamma·log p̂ is log Z plus the log-ratio."""
+    noise, gamma = (
+        torch.randn(64, generator=torch.Generator().manual_seed(0)).double(),
+        torch.tensor([0.5, 2.0]).repeat(32).double(),
+    )
+    label_rows, kl = torch.arange(2).repeat_interleave(32), torch.full((64,), 0.3, dtype=torch.float64)
+    found = Measurement(label_rows, gamma, (kl + noise - 1) / gamma, kl, kl + noise, torch.ones(32, dtype=torch.float64))
+    mean, error = mean_and_error(found.objectives, label_rows)
+    plain = mean_and_error(found.gamma * found.log_likelihood - found.kl, label_rows)[1]
+    assert abs(mean + 1) < 0.02 and error < 0.1 * plain
+
+
 def told(now, best=None, log_z=-1.2, **changes):
     return alarms(now, BASE, best, NAMES, SimpleNamespace(**{**vars(CONFIG), **changes}), log_z)
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -179,10 +180,11 @@ def test_a_spread_and_what_was_claimed():
     [
         (["CTRL", "CTRL, control head"], [], "recipe"),
         (["CTRL, control head", "DPS"], [], "head"),  # no training of the recipe for its classifier alone
-        (["CTRL, trained longer"], ["recipe"], "longer"),
+        (["CTRL, trained longer"], ["recipe"], "recipe"),
         (["DPS"], ["head"], "head"),
         (["DPS"], ["head", "recipe"], "recipe"),
         (["DPS"], [], "recipe"),
+        (["DPS"], ["longer"], "longer"),
     ],
 )
 def test_the_classifier_is_that_of_an_adapter_that_is_needed_or_there(missing, there, kind, tmp_path):
@@ -191,3 +193,21 @@ def test_the_classifier_is_that_of_an_adapter_that_is_needed_or_there(missing, t
         folder.mkdir()
         (folder / peers.CONFIG_NAME).touch()
     assert peers.whose_classifier("stroke", 1, missing, tmp_path) == kind
+
+
+def test_an_adapter_of_other_settings_is_not_taken(smoke, tmp_path):
+    """A toy one among those of the table, whose steps and seed are others."""
+    folder, _ = smoke
+    shutil.copytree(folder / "runs" / "stroke-0", tmp_path / "stroke-1")
+    with pytest.raises(SystemExit, match="stroke-1 was trained with another num_inference_steps, seed: delete it"):
+        peers.trained("stroke", 1, "recipe", tmp_path, smoke=False)
+
+
+def test_results_of_another_classifier_are_found(tmp_path):
+    (tmp_path / "DPS.json").write_text(json.dumps({"base_samples": 300, "log_partition": -1.25}))
+    peers.check_partition(tmp_path, -1.2504, 300)
+    peers.check_partition(tmp_path, -1.3, 400)
+    with pytest.raises(
+        SystemExit, match="DPS.json is of another classifier: its log Z is -1.2500, and that of the adapters at hand -1.3000"
+    ):
+        peers.check_partition(tmp_path, -1.3, 300)

@@ -223,19 +223,27 @@ def critic_control(critic: Critic, base: Transition, k: int, batch: Batch) -> to
     return torch.as_tensor(base.std).to(gradient) * gradient
 
 
-def _lesson(environment: Environment, pool: Pool, rows: int, generator: torch.Generator) -> tuple[torch.Tensor, Batch]:
+def _of_prompts(prompts: torch.Tensor, count: int) -> torch.Tensor:
+    """(count, L) the rows of each prompt among `prompts` (n,), the end of a shorter line filled with -1."""
+    lines = [(prompts == prompt).nonzero().flatten() for prompt in range(count)]
+    return nn.utils.rnn.pad_sequence(lines, batch_first=True, padding_value=-1)
+
+
+def _lesson(
+    environment: Environment, pool: Pool, lines: torch.Tensor, rows: int, generator: torch.Generator
+) -> tuple[torch.Tensor, Batch]:
     """Which of the kept trajectories to learn from, (rows,), and for which labels and gammas: most in proportion to p̂^gamma among those of a prompt,
-    so that pairs of prompt and label come alike, as in training."""
-    scores = pool.scores[: len(next(iter(pool.kept.values()))[0])]
-    device = scores.device
-    label_rows = torch.randint(scores.shape[1], (rows,), generator=generator, device=device)
+    so that pairs of prompt and label come alike, as in training. lines: the kept trajectories of each prompt, see `_of_prompts`."""
+    device, kept = pool.scores.device, int((lines >= 0).sum())
+    label_rows = torch.randint(pool.scores.shape[1], (rows,), generator=generator, device=device)
     gamma = environment.gammas(rows, generator)
-    kept_prompts = pool.prompts[: len(scores)]
-    any_one = torch.randint(len(scores), (rows,), generator=generator, device=device)
-    others = kept_prompts != kept_prompts[any_one].unsqueeze(1)
-    weights = (gamma.unsqueeze(1) * scores.T[label_rows]).masked_fill(others, -torch.inf).softmax(dim=1)
+    any_one = torch.randint(kept, (rows,), generator=generator, device=device)
+    alike = lines[pool.prompts[any_one]]
+    scores = pool.scores[alike, label_rows.unsqueeze(1)]
+    weights = (gamma.unsqueeze(1) * scores).masked_fill(alike < 0, -torch.inf).softmax(dim=1)
     exact = torch.rand(rows, generator=generator, device=device) < EXACT
-    chosen = torch.where(exact, weights.multinomial(1, generator=generator).squeeze(1), any_one)
+    drawn = alike.gather(1, weights.multinomial(1, generator=generator)).squeeze(1)
+    chosen = torch.where(exact, drawn, any_one)
     prompts = pool.prompts[chosen]
     batch = environment.start(Choice(label_rows, prompts, environment.labels[label_rows], gamma), generator)
     return chosen, replace(batch, label_rows=label_rows, prompts=prompts)
@@ -258,9 +266,10 @@ def learn_control(
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, WARM_UP, updates)
     smooth, noisy, steps = None, list(pool.kept), torch.Generator().manual_seed(generator.initial_seed())
+    lines = _of_prompts(pool.prompts[: len(next(iter(pool.kept.values()))[0])], environment.num_prompts)
     for update in (bar := tqdm(range(updates), desc="critic: control head", unit="update")):
         loss = torch.zeros((), device=device)
-        chosen, every = _lesson(environment, pool, STEPS_AT_A_TIME * ROWS_A_STEP, generator)
+        chosen, every = _lesson(environment, pool, lines, STEPS_AT_A_TIME * ROWS_A_STEP, generator)
         chosen = chosen.cpu()  # where the states are; the only synchronisation of an update
         for part in parts(len(every), ROWS_A_STEP):
             k = noisy[int(torch.randint(len(noisy), (), generator=steps))]

@@ -102,7 +102,7 @@ def trained(name: str, seed: int, kind: str, runs: Path, smoke: bool) -> tuple[T
         train_ctrl.main(arguments)
     adapter = load_adapter(folder)
     settings = adapter.config.training["settings"]
-    told = {key: settings.get(key, getattr(CTRLConfig, key)) for key in TOLD}
+    told = {key: settings.get(key, getattr(CTRLConfig, key)) for key in TOLD} | {"seed": int(adapter.config.metrics["seed"])}
     if differ := [key for key, value in told.items() if value != getattr(config, key)]:
         raise SystemExit(
             f"The adapter in {folder} was trained with another {', '.join(differ)}: delete it, to train it again here."

@@ -196,10 +196,10 @@ def test_the_classifier_is_that_of_an_adapter_that_is_needed_or_there(missing, t
 
 
 def test_an_adapter_of_other_settings_is_not_taken(smoke, tmp_path):
-    """A toy one among those of the table, whose steps are others."""
+    """A toy one among those of the table, whose steps and seed are others."""
     folder, _ = smoke
     shutil.copytree(folder / "runs" / "stroke-0", tmp_path / "stroke-1")
-    with pytest.raises(SystemExit, match="stroke-1 was trained with another num_inference_steps: delete it"):
+    with pytest.raises(SystemExit, match="stroke-1 was trained with another num_inference_steps, seed: delete it"):
         peers.trained("stroke", 1, "recipe", tmp_path, smoke=False)
 
 

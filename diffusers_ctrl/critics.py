@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +88,18 @@ class Pool:
     prompts: torch.Tensor
     scores: torch.Tensor
     kept: dict[int, tuple[torch.Tensor, list[Answer]]]
+
+    @property
+    def num_kept(self) -> int:
+        """m."""
+        return len(next(iter(self.kept.values()))[0])
+
+    @cached_property
+    def of_prompts(self) -> torch.Tensor:
+        """(P, L) the kept trajectories of each prompt, the end of a shorter line filled with -1."""
+        prompts = self.prompts[: self.num_kept]
+        lines = [(prompts == prompt).nonzero().flatten() for prompt in range(int(prompts.max()) + 1)]
+        return nn.utils.rnn.pad_sequence(lines, batch_first=True, padding_value=-1)
 
 
 def check_critic(environment: Environment, policy: Policy) -> None:
@@ -223,22 +236,14 @@ def critic_control(critic: Critic, base: Transition, k: int, batch: Batch) -> to
     return torch.as_tensor(base.std).to(gradient) * gradient
 
 
-def _of_prompts(prompts: torch.Tensor, count: int) -> torch.Tensor:
-    """(count, L) the rows of each prompt among `prompts` (n,), the end of a shorter line filled with -1."""
-    lines = [(prompts == prompt).nonzero().flatten() for prompt in range(count)]
-    return nn.utils.rnn.pad_sequence(lines, batch_first=True, padding_value=-1)
-
-
-def _lesson(
-    environment: Environment, pool: Pool, lines: torch.Tensor, rows: int, generator: torch.Generator
-) -> tuple[torch.Tensor, Batch]:
+def _lesson(environment: Environment, pool: Pool, rows: int, generator: torch.Generator) -> tuple[torch.Tensor, Batch]:
     """Which of the kept trajectories to learn from, (rows,), and for which labels and gammas: most in proportion to p̂^gamma among those of a prompt,
-    so that pairs of prompt and label come alike, as in training. lines: the kept trajectories of each prompt, see `_of_prompts`."""
-    device, kept = pool.scores.device, int((lines >= 0).sum())
+    so that pairs of prompt and label come alike, as in training."""
+    device = pool.scores.device
     label_rows = torch.randint(pool.scores.shape[1], (rows,), generator=generator, device=device)
     gamma = environment.gammas(rows, generator)
-    any_one = torch.randint(kept, (rows,), generator=generator, device=device)
-    alike = lines[pool.prompts[any_one]]
+    any_one = torch.randint(pool.num_kept, (rows,), generator=generator, device=device)
+    alike = pool.of_prompts[pool.prompts[any_one]]
     scores = pool.scores[alike, label_rows.unsqueeze(1)]
     weights = (gamma.unsqueeze(1) * scores).masked_fill(alike < 0, -torch.inf).softmax(dim=1)
     exact = torch.rand(rows, generator=generator, device=device) < EXACT
@@ -266,10 +271,9 @@ def learn_control(
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, WARM_UP, updates)
     smooth, noisy, steps = None, list(pool.kept), torch.Generator().manual_seed(generator.initial_seed())
-    lines = _of_prompts(pool.prompts[: len(next(iter(pool.kept.values()))[0])], environment.num_prompts)
     for update in (bar := tqdm(range(updates), desc="critic: control head", unit="update")):
         loss = torch.zeros((), device=device)
-        chosen, every = _lesson(environment, pool, lines, STEPS_AT_A_TIME * ROWS_A_STEP, generator)
+        chosen, every = _lesson(environment, pool, STEPS_AT_A_TIME * ROWS_A_STEP, generator)
         chosen = chosen.cpu()  # where the states are; the only synchronisation of an update
         for part in parts(len(every), ROWS_A_STEP):
             k = noisy[int(torch.randint(len(noisy), (), generator=steps))]

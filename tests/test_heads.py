@@ -20,7 +20,6 @@ from diffusers_ctrl.critics import (
     KEPT,
     Pool,
     _lesson,
-    _of_prompts,
     _of_rows,
     base_pool,
     critic_control,
@@ -473,15 +472,10 @@ def test_a_checkpoint_from_before_there_were_heads(tmp_path):
     assert again.update == 1 and again.warmed == {}
 
 
-def lines_of(environment: Environment, pool: Pool) -> torch.Tensor:
-    """The kept trajectories of each prompt."""
-    return _of_prompts(pool.prompts[: len(next(iter(pool.kept.values()))[0])], environment.num_prompts)
-
-
 def test_lessons_are_at_the_exact_laws_states(fitted):
     """Seven in ten in proportion to p̂^gamma, label and gamma each drawn alike."""
     _, environment, _, _, pool, generator = fitted
-    chosen, batch = _lesson(environment, pool, lines_of(environment, pool), 40_000, generator)
+    chosen, batch = _lesson(environment, pool, 40_000, generator)
     scores = pool.scores[: len(pool.kept[0][0])].double()
     assert len(scores) == KEPT and chosen.max() < KEPT
     for label in (0, 1):
@@ -501,7 +495,7 @@ def test_kept_answers_are_the_denoisers_own_under_guidance():
     generator = torch.Generator().manual_seed(0)
     pool = base_pool(policy, environment, 25, generator, at_a_time=7)
     assert list(pool.kept) == list(environment.sampler.noisy_steps)
-    chosen, batch = _lesson(environment, pool, lines_of(environment, pool), 9, generator)
+    chosen, batch = _lesson(environment, pool, 9, generator)
     for k, (states, answers) in pool.kept.items():
         assert len(states) == 25
         torch.testing.assert_close(seen(states.float(), (2, 4, 4)), pool.states[k], rtol=1e-5, atol=1e-6)
@@ -518,7 +512,7 @@ def test_every_prompt_is_learned_alike():
     prompts = (torch.arange(1000) % 5 >= 2).long()  # 400 and 600
     scores = torch.where(prompts == 0, -0.1, -4.0) - torch.linspace(0, 1, 1000)
     pool = Pool(torch.zeros(1, 1000, 1), prompts, scores.unsqueeze(1), {0: (torch.zeros(1000, 2, 4, 4), [])})
-    chosen, batch = _lesson(environment, pool, lines_of(environment, pool), 20_000, torch.Generator().manual_seed(0))
+    chosen, batch = _lesson(environment, pool, 20_000, torch.Generator().manual_seed(0))
     assert torch.equal(batch.prompts, prompts[chosen])
     for prompt in (0, 1):
         rows = prompts[chosen] == prompt

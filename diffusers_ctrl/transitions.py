@@ -61,9 +61,8 @@ class Transition:
         if self.is_deterministic and other.is_deterministic:
             return sum_but_first(torch.zeros_like(self.mean))
         # a square of half precision is infinite from 256 on
-        mean, std, other_mean, other_std = (
-            v.float() if v.dtype in (torch.float16, torch.bfloat16) else v for v in (self.mean, self.std, other.mean, other.std)
-        )
+        every = (self.mean, self.std, other.mean, other.std)
+        mean, std, other_mean, other_std = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in every)
         if torch.equal(std, other_std):
             return sum_but_first(((mean - other_mean) / std).square()) / 2
         ratio = (std / other_std).square()

@@ -685,3 +685,15 @@ def test_single_precision_stays_single():
     output, x = (value.float() for value in tensors(6))
     result = transition(scheduler, output, scheduler.timesteps[2], x)
     assert result.mean.dtype == result.std.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("other_std", [0.01, 0.02])
+def test_the_kl_of_states_in_half_precision_is_that_of_the_same_numbers(dtype, other_std):
+    """A shift of 300 standard deviations, whose square float16 does not hold."""
+    mean, std = torch.full((2, 3), 3.0, dtype=dtype), torch.tensor(0.01, dtype=dtype)
+    one, other = Transition(mean, std), Transition(torch.zeros_like(mean), torch.tensor(other_std, dtype=dtype))
+    wide = [Transition(part.mean.double(), part.std.double()) for part in (one, other)]
+    found = one.kl(other)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), wide[0].kl(wide[1]), rtol=1e-5, atol=0)

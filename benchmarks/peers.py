@@ -60,8 +60,7 @@ TOLD = (
     "control_head",
     "gamma_range",
     "num_inference_steps",
-    "seed",
-)  # settings that an adapter must have been trained with
+)  # what an adapter must have been trained with, beside the seed
 TOY = {"max_updates": 2, "coarse_updates": 1, "coarse_steps": 4, "num_inference_steps": 4, "batch_size": 9, "num_labels": 90}
 TOY |= {"eval_samples": 10, "base_samples": 90, "classifier_epochs": 1, "classifier_members": 2}
 TOY_HEAD = {"critic_trajectories": 90, "critic_updates": 2}
@@ -283,8 +282,7 @@ def has_tried(path: Path, method: str) -> bool:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    spec = read_experiment()
-    settings = list(spec["settings"])
+    settings = list(read_experiment()["settings"])
     parser.add_argument("--settings", nargs="+", choices=settings, default=settings)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=list(METHODS), default=list(METHODS))
@@ -306,7 +304,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name, seed in [(name, seed) for seed in args.seeds for name in args.settings]:
         folder = args.results / f"{name}-seed{seed}"
         kinds = {method: METHODS[method].adapter for method in args.only}
-        methods = [method for method, kind in kinds.items() if kind in (None, RECIPE) or name in spec["variants"][kind]]
+        methods = [method for method, kind in kinds.items() if kind is None or kind in kinds_of(name)]
         paths = {method: folder / f"{method.replace(',', '').replace(' ', '-')}.json" for method in methods}
         missing = {
             method: path for method, path in paths.items() if not (path.exists() and (args.smoke or has_tried(path, method)))

@@ -51,7 +51,7 @@ def plot_time_to_gap(path: Path) -> None:
     for one in read("time_to_gap"):
         seconds, gap, error = zip(*((p["seconds"], p["gap"], p["gap_se"]) for p in one["curve"]), strict=True)
         axis.errorbar(seconds, gap, error, fmt="o-", ms=4, capsize=3, label=one["variant"])
-    axis.set(xlabel="seconds of training, one core", ylabel="gap: log Z (base samples) − J (nats)", yscale="log")
+    axis.set(xlabel="seconds of training, one core", ylabel="gap: log Z (base samples) − J (nats)", xscale="log", yscale="log")
     axis.legend(fontsize=8)
     figure.tight_layout()
     save_figure(figure, path)

@@ -5,8 +5,8 @@ The optimum of J (objectives.py) moves each step of the base by
     u_k = sigma_k ∇log h_{k+1}(x),     h_k(x) = E_pre[p̂(y | x_K)^gamma | x_k = x],
 
 to first order in the step's size. h is the base's own, whatever the policy: a perceptron fitted to the states of base trajectories, whose ends' p̂ is
-known, finds it without any reinforcement learning (the minimizer of binary cross-entropy against p̂^gamma in [0, 1] is its expectation). The control head is
-then regressed on that control, on the same trajectories: a target without noise, where a trajectory's own adjoint is mostly noise, and without calls of
+known, finds it without any reinforcement learning (the minimizer of binary cross-entropy against p̂^gamma in [0, 1] is its expectation). It sees
+a state by a surrogate's estimate of what the base makes of it (surrogates.py). The control head is then regressed on that control, on the same trajectories: a target without noise, where a trajectory's own adjoint is mostly noise, and without calls of
 the denoiser, whose answers are kept. Drawn in proportion to p̂^gamma, base trajectories are those of the exact law, where the head
 is to be right. What first order and the perceptron leave over is the objective's to learn: nothing here enters the certificate.
 """
@@ -30,35 +30,32 @@ from .paths import parts
 from .policy import Answer, Policy
 from .randomness import global_generators_kept, seed_global_generators
 from .rollouts import Batch, Choice, Environment, base_transition, tuned_transition
+from .surrogates import LOOKS, UPDATES, WARM_UP, Perceptron, Surrogate, fit, fit_surrogate
 from .transitions import Transition, sum_but_first
 
 
-HIDDEN, DROPOUT = 512, 0.3
+DROPOUT = 0.3
 AT_A_TIME, FIT_BATCH, ROWS_A_STEP, STEPS_AT_A_TIME = 250, 512, 100, 5
-FIT_RATE, HEAD_RATE, TABLE_RATE, WARM_UP = 1e-3, 2e-3, 1e-2, 10
-LOOKS = 20  # at the held-out loss, in a fit
+FIT_RATE, HEAD_RATE, TABLE_RATE = 1e-3, 2e-3, 1e-2
 KEPT = 4_000  # trajectories whose answers are kept, at most
 EXACT = 0.7  # share of the head's lessons that are at the exact law's states; the rest at any
 
 
 class Critic(nn.Module):
-    """logit h of each of `labels` labels at x_k, (B, labels). levels: K + 1. prompts: P. gamma_range: (low, high)."""
+    """logit h of each of `labels` labels at x_k, (B, labels), by the surrogate's estimate of what x_k will become. gamma_range: (low, high)."""
 
     def __init__(
-        self, grid: tuple[int, int, int], levels: int, prompts: int, labels: int, gamma_range: tuple[float, float] | None = None
+        self,
+        grid: tuple[int, int, int],
+        surrogate: Surrogate,
+        levels: int,
+        prompts: int,
+        labels: int,
+        gamma_range: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
-        self.grid, self.gamma_range = grid, gamma_range
-        self.state, self.middle, self.last = (
-            nn.Linear(math.prod(grid), HIDDEN),
-            nn.Linear(HIDDEN, HIDDEN),
-            nn.Linear(HIDDEN, HIDDEN),
-        )
-        self.level, self.prompt = nn.Embedding(levels, 3 * HIDDEN), nn.Embedding(prompts, HIDDEN)
-        self.gamma = nn.Linear(2, HIDDEN, bias=False)
-        self.out, self.dropped = nn.Linear(HIDDEN, labels), nn.Dropout(DROPOUT)
-        for embedding in (self.level, self.prompt):
-            nn.init.normal_(embedding.weight, std=0.3)
+        self.grid, self.gamma_range, self.surrogate = grid, gamma_range, surrogate
+        self.net = Perceptron(math.prod(grid), labels, levels, prompts, DROPOUT, extra=2 if gamma_range else 0)
 
     def forward(self, x: torch.Tensor, level: torch.Tensor, prompt: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
         """x (B, C, H, W), level (B,), prompt (B,), gamma (B,) -> (B, labels)."""
@@ -66,25 +63,23 @@ class Critic(nn.Module):
 
     def of_seen(self, x: torch.Tensor, level: torch.Tensor, prompt: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
         """The same of x on the coarse grid, (B, C·h·w)."""
-        scale, shift, shift2 = self.level(level).chunk(3, dim=1)
-        shift = shift + self.prompt(prompt)
+        told = None
         if self.gamma_range is not None:
             place = place_in_range(gamma.float(), self.gamma_range).unsqueeze(1)
-            shift = shift + self.gamma(torch.cat([place, place.square()], dim=1))
-        hidden = self.dropped(F.silu(self.state(x) * (1 + scale) + shift))
-        hidden = hidden + self.dropped(F.silu(self.middle(hidden) + shift2))
-        hidden = hidden + self.dropped(F.silu(self.last(hidden)))
-        return self.out(hidden)
+            told = torch.cat([place, place.square()], dim=1)
+        return self.net(self.surrogate(x, level, prompt), level, prompt, told)
 
 
 @dataclass(frozen=True)
 class Pool:
     """Base trajectories: their states on the coarse grid (K + 1, n, C·h·w), prompt rows (n,), log p̂ of each label at their ends (n, M) nats.
 
+    denoised: the base's estimate of the end at each state, on the coarse grid too, (K + 1, n, C·h·w): at the last that state itself.
     kept: {noisy step k: states (m, C, H, W), what the denoiser answered to them} of the first m trajectories, on the CPU.
     """
 
     states: torch.Tensor
+    denoised: torch.Tensor
     prompts: torch.Tensor
     scores: torch.Tensor
     kept: dict[int, tuple[torch.Tensor, list[Answer]]]
@@ -138,12 +133,14 @@ def base_pool(policy: Policy, environment: Environment, count: int, generator: t
     sampler, grid = environment.sampler, coarse_grid(environment.shape)
     found, kept, left = [], {k: [] for k in sampler.noisy_steps}, KEPT
     for batch in _parts(count, environment, generator, at_a_time, "critic: base samples"):
-        x, states = batch.noise, [seen(batch.noise.float(), grid)]
+        x, states, denoised = batch.noise, [seen(batch.noise.float(), grid)], []
         for k in range(len(sampler.timesteps)):
             with policy.noted() as answers:
                 base = base_transition(policy, sampler, batch, k, x)
             if left > 0 and k in kept:
                 kept[k].append(_first(x, answers, min(left, len(batch))))
+            # a transition that gives no estimate of the end has its own mean for it
+            denoised.append(seen((base.mean if base.denoised is None else base.denoised).float(), grid))
             x = base.mean if base.is_deterministic else base.sample(generator)
             states.append(seen(x.float(), grid))
         left -= len(batch)
@@ -152,10 +149,10 @@ def base_pool(policy: Policy, environment: Environment, count: int, generator: t
             raise ValueError(
                 f"critic_trajectories needs log-probabilities, finite and at most 0: {wrong} of {scores.numel()} that the reward gave are not."
             )
-        found.append((torch.stack(states), batch.prompts, scores))
-    states, *rows = zip(*found, strict=True)
+        found.append((torch.stack(states), torch.stack([*denoised, states[-1]]), batch.prompts, scores))
+    states, denoised, *rows = zip(*found, strict=True)
     joined = {k: _joined(kept.pop(k)) for k in sampler.noisy_steps}  # one step after another: all twice would be too much
-    return Pool(torch.cat(states, dim=1), *(torch.cat(column) for column in rows), joined)
+    return Pool(torch.cat(states, dim=1), torch.cat(denoised, dim=1), *(torch.cat(column) for column in rows), joined)
 
 
 def _first(x: torch.Tensor, answers: list[Answer], count: int) -> tuple[torch.Tensor, list[Answer]]:
@@ -180,51 +177,36 @@ def _joined(batches: list[tuple[torch.Tensor, list[Answer]]]) -> tuple[torch.Ten
     return torch.cat(states), answers
 
 
-def fit_critic(environment: Environment, pool: Pool, updates: int, generator: torch.Generator) -> tuple[Critic, float]:
-    """log h from the pool's states of all levels; for a range of gamma, each at a random gamma.
+def fit_critic(environment: Environment, pool: Pool, updates: int, generator: torch.Generator) -> tuple[Critic, dict[str, float]]:
+    """log h from the pool's states of all levels; for a range of gamma, each at a random gamma. First the surrogate that it sees through.
 
     Returns:
-        The critic, with the weights that were best on the tenth of the trajectories that it was not fitted to; its binary cross-entropy there
-        (nats, mean over labels and levels).
+        The critic, with the weights that were best on the tenth of the trajectories that it was not fitted to; {"surrogate_error": see
+        `fit_surrogate`, "critic_loss": binary cross-entropy, nats, mean over labels and levels}, both there.
     """
     levels, count, device = *pool.states.shape[:2], pool.states.device
-    critic = Critic(coarse_grid(environment.shape), levels, environment.num_prompts, pool.scores.shape[1], environment.gamma_range)
-    critic.to(device)
-    optimizer = torch.optim.AdamW(critic.parameters(), lr=FIT_RATE, weight_decay=1e-2)
-    schedule = get_cosine_schedule_with_warmup(optimizer, WARM_UP, updates)
     order = torch.randperm(count, generator=generator, device=device)
-    held, fitted = order[: count // 10], order[count // 10 :]
+    held, rows = order[: count // 10], order[count // 10 :]
+    surrogate, error = fit_surrogate(
+        pool.states, pool.denoised, pool.prompts, environment.num_prompts, held, UPDATES * updates, generator
+    )
+    sizes = (levels, environment.num_prompts, pool.scores.shape[1])
+    critic = Critic(coarse_grid(environment.shape), surrogate, *sizes, environment.gamma_range).to(device)
 
-    def loss_of(rows: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-        gamma = environment.gammas(len(rows), generator)
-        target = (gamma.unsqueeze(1) * pool.scores[rows]).exp().clamp(max=1)
-        return F.binary_cross_entropy_with_logits(
-            critic.of_seen(pool.states[level, rows], level, pool.prompts[rows], gamma), target
-        )
+    def loss_of(own: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        gamma = environment.gammas(len(own), generator)
+        target = (gamma.unsqueeze(1) * pool.scores[own]).exp().clamp(max=1)
+        return F.binary_cross_entropy_with_logits(critic.of_seen(pool.states[level, own], level, pool.prompts[own], gamma), target)
 
-    best, kept = math.inf, {}
-    critic.train()
-    for update in (bar := tqdm(range(1, updates + 1), desc="critic: fit", unit="update")):
-        rows = fitted[torch.randint(len(fitted), (FIT_BATCH,), generator=generator, device=device)]
-        loss = loss_of(rows, torch.randint(levels, (FIT_BATCH,), generator=generator, device=device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if update % max(1, updates // LOOKS) == 0:
-            critic.eval()
-            with torch.no_grad():
-                found = (sum(loss_of(held, torch.full_like(held, level)) for level in range(levels)) / levels).item()
-            critic.train()
-            if found < best:
-                best, kept = found, {name: value.clone() for name, value in critic.state_dict().items()}
-            bar.set_postfix(fitted=f"{loss.item():.3f}", held_out=f"{found:.3f}", best=f"{best:.3f}", refresh=False)
-    if not kept:
-        raise ValueError(
-            f"The critic found no finite loss in {updates} updates of {count} base trajectories: give more of both, or leave it out."
-        )
-    critic.load_state_dict(kept)
-    return critic.eval().requires_grad_(False), best
+    def fresh() -> torch.Tensor:
+        own = rows[torch.randint(len(rows), (FIT_BATCH,), generator=generator, device=device)]
+        return loss_of(own, torch.randint(levels, (FIT_BATCH,), generator=generator, device=device))
+
+    def held_out() -> float:
+        return (sum(loss_of(held, torch.full_like(held, level)) for level in range(levels)) / levels).item()
+
+    loss = fit(critic, fresh, held_out, updates, "critic: fit", FIT_RATE)
+    return critic, {"surrogate_error": error, "critic_loss": loss}
 
 
 def critic_control(critic: Critic, base: Transition, k: int, batch: Batch) -> torch.Tensor:
@@ -310,11 +292,12 @@ def warm_start(
     """Base samples, critic, control head: see above. Changes the policy's control head and its label embedding.
 
     Args:
-        trajectories: base samples that the critic is fitted to; the first 4,000 give the head's states. updates: of the critic, and of the head.
+        trajectories: base samples that the critic is fitted to; the first 4,000 give the head's states. updates: of the critic, of the head, and a third
+            of the surrogate's.
         at_a_time: trajectories that are drawn together.
 
     Returns:
-        {"critic_loss", see `fit_critic`; "head_nats_off", see `learn_control`}: nothing that the certificate rests on.
+        {"surrogate_error", "critic_loss", see `fit_critic`; "head_nats_off", see `learn_control`}: nothing that the certificate rests on.
 
     Raises:
         ValueError: see `check_critic` and `base_pool`.
@@ -326,6 +309,6 @@ def warm_start(
         pool = base_pool(policy, environment, trajectories, generator, at_a_time)
         # autocast keeps its half-precision copies of weights until it ends, here longer than the weights stay what they were
         with torch.autocast(environment.labels.device.type, enabled=False):
-            critic, held_out = fit_critic(environment, pool, updates, generator)
+            critic, losses = fit_critic(environment, pool, updates, generator)
             off = learn_control(policy, environment, critic, pool, updates, generator)
-    return {"critic_loss": held_out, "head_nats_off": off}
+    return {**losses, "head_nats_off": off}

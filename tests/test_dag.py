@@ -38,6 +38,7 @@ ORDER = (
     "rewards",
     "experience",
     "adjoints",
+    "surrogates",
     "critics",
     "objectives",
     "adapters",

@@ -32,6 +32,7 @@ from diffusers_ctrl.heads import LABEL_WIDTH, ControlHead, coarse_grid, seen
 from diffusers_ctrl.label_encoder import LabelEncoder
 from diffusers_ctrl.objectives import adjoint_matching, direct_backprop
 from diffusers_ctrl.rollouts import Environment, Sampler, base_transition, tuned_transition
+from diffusers_ctrl.surrogates import fit
 from problems import cosine_scheduler, tiny_environment, tiny_policy
 
 
@@ -322,22 +323,60 @@ def exact_log_h(environment, k, gamma=1.0):
 
 @pytest.fixture(scope="module")
 def fitted():
-    """(policy, environment, critic, its held-out loss, the pool, the generator) for gamma from 1 to 4."""
+    """(policy, environment, critic, its held-out losses, the pool, the generator) for gamma from 1 to 4."""
     policy, environment = normal_problem(gamma_range=(1.0, 4.0))
     generator = torch.Generator().manual_seed(0)
     pool = base_pool(policy, environment, 20_000, generator)
-    return policy, environment, *fit_critic(environment, pool, 300, generator), pool, generator
+    critic, losses = fit_critic(environment, pool, 300, generator)
+    return policy, environment, critic, losses, pool, generator
 
 
 @pytest.mark.parametrize("gamma", [1.0, 4.0])
 def test_the_critic_is_the_conditional_expectation(fitted, gamma):
-    _, environment, critic, held_out, *_ = fitted
-    assert held_out < math.log(2)
+    _, environment, critic, losses, *_ = fitted
+    assert losses["critic_loss"] < math.log(2)
     x = torch.linspace(-1.5, 1.5, 7, dtype=torch.float64)
     for k in (1, 4, 7, STEPS):
         level, rows = torch.full((7,), k), torch.zeros(7, dtype=torch.long)
         found = nn.functional.logsigmoid(critic(x.float().view(-1, 1, 1, 1), level, rows, torch.full((7,), gamma)))[:, 1]
         torch.testing.assert_close(found.double().exp(), exact_log_h(environment, k, gamma)(x).exp(), rtol=0, atol=0.06)
+
+
+def test_the_surrogate_is_the_bases_own_estimate(fitted):
+    """`Normal` gives it in closed form; at the last level a state is its own estimate."""
+    policy, environment, critic, losses, pool, _ = fitted
+    assert losses["surrogate_error"] < 0.01
+    surrogate, sampler = critic.surrogate, environment.sampler
+    batch = environment.draw(200, torch.Generator().manual_seed(5))
+    for k in (0, 3, STEPS - 1, STEPS):
+        x = pool.states[k, -200:]
+        if k < STEPS:
+            expected = base_transition(policy, sampler, batch, k, x.view(-1, 1, 1, 1)).denoised.flatten(1)
+            torch.testing.assert_close(pool.denoised[k, -200:], expected, rtol=1e-5, atol=1e-6)
+        else:
+            expected = x
+            assert torch.equal(pool.denoised[k, -200:], x)
+        rows = torch.full((200,), k)
+        found = surrogate(x, rows, torch.zeros_like(rows)) * surrogate.estimate_width + surrogate.estimate_middle
+        assert (found - expected).square().mean() < 0.02 * pool.denoised.var(), k
+
+
+def test_a_fit_that_is_never_finite_says_so():
+    line = torch.nn.Linear(1, 1)
+    with pytest.raises(ValueError, match="critic: fit: no finite loss in 2 updates"):
+        fit(line, lambda: line.weight.sum() * math.nan, lambda: math.nan, 2, "critic: fit", 1e-3)
+
+
+def test_a_fit_ends_with_the_weights_that_were_best():
+    """Here those of the first look, after which it is driven away."""
+    line, seen_weights = torch.nn.Linear(1, 1, bias=False), []
+
+    def held_out():
+        seen_weights.append(line.weight.item())
+        return float(len(seen_weights))
+
+    best = fit(line, lambda: line.weight.sum(), held_out, 40, "critic: fit", 0.1)
+    assert best == 1 and line.weight.item() == seen_weights[0] != seen_weights[-1] and not line.weight.requires_grad
 
 
 def test_the_head_that_learned_from_it_has_the_exact_law(fitted):
@@ -415,7 +454,7 @@ def test_the_trainer_warms_it_once(tmp_path):
     first.train()
     kept = {name: value.clone() for name, value in first._named.items()}
     assert any("control_head" in name for name in kept)
-    assert set(first.warmed) == {"critic_loss", "head_nats_off"}
+    assert set(first.warmed) == {"surrogate_error", "critic_loss", "head_nats_off"}
     resumed = trainer(tmp_path, resume_from=str(checkpoint_folder(tmp_path / "checkpoints", 1)))
     resumed.train()
     for name, value in resumed._named.items():
@@ -511,7 +550,8 @@ def test_every_prompt_is_learned_alike():
     environment = replace(tiny_environment(), labels=torch.tensor([[0.0]]), gamma=4.0)
     prompts = (torch.arange(1000) % 5 >= 2).long()  # 400 and 600
     scores = torch.where(prompts == 0, -0.1, -4.0) - torch.linspace(0, 1, 1000)
-    pool = Pool(torch.zeros(1, 1000, 1), prompts, scores.unsqueeze(1), {0: (torch.zeros(1000, 2, 4, 4), [])})
+    nothing = torch.zeros(1, 1000, 1)
+    pool = Pool(nothing, nothing, prompts, scores.unsqueeze(1), {0: (torch.zeros(1000, 2, 4, 4), [])})
     chosen, batch = _lesson(environment, pool, 20_000, torch.Generator().manual_seed(0))
     assert torch.equal(batch.prompts, prompts[chosen])
     for prompt in (0, 1):

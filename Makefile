@@ -27,6 +27,7 @@ bench:
 	python benchmarks/sample_efficiency.py
 	python benchmarks/ablations.py
 	python benchmarks/time_to_gap.py
+	python benchmarks/critic_reach.py
 	python benchmarks/step_time.py
 	python benchmarks/label_cost.py
 	python benchmarks/report.py

@@ -116,6 +116,30 @@ def time_to_gap() -> str:
     )
 
 
+def critic_reach() -> str:
+    found = read("critic_reach")
+    if not found:
+        return "Not run yet."
+    order, lines = list(yaml.safe_load((EXPERIMENTS / "critic_reach.yaml").read_text())["variants"]), []
+    for one in sorted(found, key=lambda one: (order.index(one["variant"]), one["seed"])):
+        settings, cells = one["settings"], []
+        for what in ("steered", "head"):
+            points = one.get(what, [])
+            for key, digits in (("gap", 2), ("accuracy", 3)):
+                own = [point.get(f"{key}_se") for point in points]
+                cells.append(spread([point[key] for point in points], digits, own) if points else "–")
+        updates = settings["surrogate"] * settings["critic_updates"]
+        seen = f"the base's estimate, surrogate of {updates} updates" if updates else "the state"
+        error = f"{100 * one['surrogate_error']:.2f} %" if updates else "–"
+        seconds = one["seconds"]
+        spent = [f"{seconds[part]:.0f}" if part in seconds else "–" for part in ("base trajectories", "critic", "head")]
+        lines.append([seen, str(settings["critic_trajectories"]), error, f"{one['critic_loss']:.4f}", *cells, " + ".join(spent)])
+    header = ["the critic sees", "base trajectories", "surrogate's error", "critic's loss", "gap, steered", "accuracy"]
+    header += ["gap, head regressed", "accuracy", "CPU s: trajectories + critic + head"]
+    about = f"Seeds {', '.join(map(str, sorted({one['seed'] for one in found})))}; mean over {len(found[0]['steered'])} sets of noise, for all the same."
+    return table(header, lines) + "\n\n" + about
+
+
 # -- what an update costs --
 
 
@@ -216,6 +240,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "sample-efficiency": sample_efficiency,
     "ablations": ablations,
     "time-to-gap": time_to_gap,
+    "critic-reach": critic_reach,
     "step-time": step_time,
     "label-cost": label_cost,
     "digits-stroke": digits_stroke,

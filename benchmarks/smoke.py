@@ -29,6 +29,7 @@ RUNS = {
     "step_time": ("step_time", ["--threads", "1", "--output", "{output}/step_time.json"]),
     "peers, two attributes": ("peers", ["--settings", "stroke-slant", "--only", "base", "CTRL", "classifier guidance", *PEERS]),
     "time_to_gap": ("time_to_gap", ["--results", "{output}/time_to_gap"]),
+    "critic_reach": ("critic_reach", ["--results", "{output}/critic_reach"]),
     "label_cost": ("label_cost", ["--output", "{output}/label_cost.json"]),
 }
 

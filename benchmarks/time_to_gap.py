@@ -37,8 +37,9 @@ from experiment import arguments, run_all
 from official import official_objective
 
 from diffusers_ctrl import CTRLTrainer
-from diffusers_ctrl.evaluation import certificate, exact_law, judge
+from diffusers_ctrl.evaluation import Samples, certificate, exact_law, judge
 from diffusers_ctrl.objectives import OBJECTIVES
+from diffusers_ctrl.rollouts import Environment
 from digits_data import oracle
 
 
@@ -53,11 +54,11 @@ def time_to(curve: Sequence[Point], level: float) -> float | None:
     return None
 
 
-def measure(trainer: CTRLTrainer, law: dict[str, float], attribute: str, per_label: int, seed: int) -> Point:
+def point_of(samples: Samples, environment: Environment, law: dict[str, float], attribute: str) -> Point:
     """Gap to log Z of the base samples (`law`, from `exact_law`), nats, with its parts."""
-    found = judge(drawn(trainer, trainer.environment, per_label, seed), trainer.environment, lambda x: oracle(attribute, x))
-    j = certificate(found, trainer.environment.gamma)
-    accuracy = (found.measured[:, 0] == trainer.environment.labels[found.label_rows, 0]).double().mean().item()
+    found = judge(samples, environment, lambda x: oracle(attribute, x))
+    j = certificate(found, environment.gamma)
+    accuracy = (found.measured[:, 0] == environment.labels[found.label_rows, 0]).double().mean().item()
     return {
         "gap": law["base_log_partition"] - j.objective,
         "gap_se": math.hypot(law["base_log_partition_se"], j.objective_se),
@@ -65,6 +66,11 @@ def measure(trainer: CTRLTrainer, law: dict[str, float], attribute: str, per_lab
         "kl": found.kl.mean().item(),
         "accuracy": accuracy,
     }
+
+
+def measure(trainer: CTRLTrainer, law: dict[str, float], attribute: str, per_label: int, seed: int) -> Point:
+    """`point_of` fresh samples of the tuned model."""
+    return point_of(drawn(trainer, trainer.environment, per_label, seed), trainer.environment, law, attribute)
 
 
 def run(spec: dict[str, Any], name: str, seed: int, cache: Path) -> dict[str, Any]:

@@ -18,12 +18,12 @@ from report_tables import LEARNERS, aim_row  # noqa: E402
 
 def plot_sample_efficiency(path: Path) -> None:
     found = read("sample_efficiency")
-    if min(len({one["num_labels"] for one in found if one["method"] == method}) for method in LEARNERS) < 2:
+    counts_of = {method: sorted({one["num_labels"] for one in found if one["method"] == method}) for method in LEARNERS}
+    if not any(len(counts) > 1 for counts in counts_of.values()):
         return  # a point is no curve
     figure, axes = plt.subplots(1, 2, figsize=(11.5, 3.8), layout="constrained")
-    for color, (method, name) in zip(("C0", "gray", "C1"), LEARNERS.items(), strict=True):
-        own = [one for one in found if one["method"] == method]
-        counts = sorted({one["num_labels"] for one in own})
+    for color, (method, name) in zip(("C2", "C0", "gray", "C1"), LEARNERS.items(), strict=True):
+        own, counts = [one for one in found if one["method"] == method], counts_of[method]
         for axis, key, style, aim, what in (
             (axes[0], "accuracy", "o-", "accuracy", "tuned"),
             (axes[0], "accuracy", "o:", "plain", "plain"),

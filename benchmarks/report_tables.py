@@ -25,7 +25,7 @@ def aim_row(record: dict[str, Any], aim: str) -> dict[str, Any]:
     return next(row for row in record["rows"] if aim in row["tuned_for"])
 
 
-LEARNERS = {"ctrl": "CTRL", "exact": "exact draws by CTRL's classifier", "cfg": "CFG fine-tuning"}
+LEARNERS = {"head": "CTRL, control head", "ctrl": "CTRL", "exact": "exact draws by CTRL's classifier", "cfg": "CFG fine-tuning"}
 
 
 def sample_efficiency() -> str:
@@ -53,7 +53,7 @@ def sample_efficiency() -> str:
             seconds = statistics.mean(
                 one["seconds_training"] + (one["seconds_classifier"] if method != "cfg" else 0) for one in own
             )
-            lines.append([str(count), f"**{name}**" if method == "ctrl" else name, *cells, f"{seconds:.0f}"])
+            lines.append([str(count), f"**{name}**" if name.startswith("CTRL") else name, *cells, f"{seconds:.0f}"])
     header = [
         "labels",
         "",

@@ -4,7 +4,7 @@
 
 A variant is METHOD-nN. CTRL fits a calibrated classifier to N labelled images, nothing else, and trains for a range of gamma on the base's prompts; CFG
 is fine-tuned on the N images, each with its label *and its digit as prompt*, which is more than CTRL is told. Both train for a fixed
-number of updates, whatever N. `exact` are draws of the law that CTRL with this classifier aims at, base samples resampled
+number of updates, whatever N. `head` is CTRL by a control head alone, which a critic warms. `exact` are draws of the law that CTRL with this classifier aims at, base samples resampled
 by p̂^gamma: what is lost to `exact` is the classifier's, what CTRL loses beyond it is what its training leaves over.
 
 Each has one number at inference, gamma or the guidance weight (and for CFG how many updates were best), and gets the same validation budget for it: `validation` images a label for each value
@@ -41,6 +41,7 @@ from diffusers_ctrl.labels import label_grid
 from diffusers_ctrl.rollouts import rollout
 from digits_data import PROMPTS, digit_oracle, drawn_digits, oracle
 from jackknife import jackknife
+from peer_methods import Strengthened
 
 
 Images = list[torch.Tensor]  # of each label
@@ -84,20 +85,31 @@ def pool_of(spec: dict[str, Any], folder: Path) -> Path:
     return folder / f"base-samples-{spec['base_samples']}.pt"
 
 
-def fit_ctrl(spec: dict[str, Any], labels: Labels, classifier: Classifier, folder: Path) -> Fitted:
-    config = config_of(spec["train"], {}, labels.seed, folder / "run")
+def fit_ctrl(
+    spec: dict[str, Any], labels: Labels, classifier: Classifier, folder: Path, own: dict[str, Any] | None = None
+) -> Fitted:
+    """own: settings beside the recipe's, and its own gammas; those beyond the range are its end with a `strength` above 1."""
+    settings = own or {"gammas": spec["gammas"]}
+    config = config_of(spec["train"], settings, labels.seed, folder / "run")
     trainer = make_trainer(spec["base"], classifier, config)
-    seconds = train(trainer)
+    seconds, end = train(trainer), config.gamma_range[1]
 
     def draw(gamma: float, per_label: int, seed: int) -> Images:
-        environment = replace(trainer.environment, gamma=gamma, gamma_range=None)
-        generator = torch.Generator().manual_seed(seed)
+        environment = replace(trainer.environment, gamma=min(gamma, end), gamma_range=None)
+        generator, policy = torch.Generator().manual_seed(seed), trainer.policy
+        if gamma > end:
+            policy = Strengthened(policy, gamma / end)
         batch = environment.grid(per_label, generator)
-        with torch.no_grad(), trainer.policy.merged():
-            found = rollout(trainer.policy, environment.sampler, batch, generator, reference=False)
+        with torch.no_grad(), policy.merged():
+            found = rollout(policy, environment.sampler, batch, generator, reference=False)
             return list(environment.decode(found.sample).split(per_label))
 
-    return Fitted(draw, spec["gammas"], {"seconds_training": seconds, "updates": trainer.update})
+    return Fitted(draw, settings["gammas"], {"seconds_training": seconds, "updates": trainer.update})
+
+
+def fit_head(spec: dict[str, Any], labels: Labels, classifier: Classifier, folder: Path) -> Fitted:
+    """A control head alone, warmed by a critic, then trained as the recipe is."""
+    return fit_ctrl(spec, labels, classifier, folder, spec["head"])
 
 
 def fit_exact(spec: dict[str, Any], labels: Labels, classifier: Classifier, folder: Path) -> Fitted:
@@ -140,7 +152,7 @@ def fit_cfg(spec: dict[str, Any], labels: Labels, _: Classifier, __: Path) -> Fi
     return Fitted(draw, values, about)
 
 
-METHODS = {"ctrl": fit_ctrl, "cfg": fit_cfg, "exact": fit_exact}
+METHODS = {"ctrl": fit_ctrl, "head": fit_head, "cfg": fit_cfg, "exact": fit_exact}
 
 
 def distances_with_errors(reference: Reference, images: Images, seed: int) -> dict[str, float]:

@@ -53,7 +53,10 @@ class CTRLConfig:
     critic_trajectories: int = option(
         0, "Warm start of the control head: so many base samples, from which a critic of noisy states is fitted; 0 for none."
     )
-    critic_updates: int = option(1500, "critic_trajectories: updates of the critic, and as many of the head.")
+    critic_updates: int = option(
+        1500,
+        "critic_trajectories: updates of the critic, as many of the head, and three times as many of the surrogate that the critic sees through.",
+    )
     objective: str = option("adjoint_matching", f"One of {sorted(OBJECTIVES)}.")
     truncation: int | None = option(None, "direct_backprop: differentiate the last so many steps only (biased).")
     num_kl_steps: int | None = option(

@@ -5,7 +5,8 @@
 Each variant has base trajectories of its own number, a critic fitted to them (diffusers_ctrl/critics.py), and, where `head` is set, a control head
 regressed on it. `surrogate: 0` gives the critic the state itself, standardised, in place of the base's estimate; otherwise the number is how many
 updates of the surrogate go with one of the critic's. Steered: every sample is moved at each step by the critic's gradient, nothing learned. Gaps are
-log Z, from base samples, less J of `outputs` fresh trajectories a label, the same noise for all.
+log Z, from base samples, less J of `outputs` fresh trajectories a label, the same noise for all variants. CPU seconds are of a shared core: not for
+comparing.
 
 Writes results/critic_reach/VARIANT-seedN.json.
 """
@@ -99,7 +100,7 @@ def run(spec: dict[str, Any], name: str, seed: int, cache: Path) -> dict[str, An
         out["head_nats_off"] = critics.learn_control(trainer.policy, environment, critic, pool, updates, generator)
         timed("head", started)
         out["head"] = [measure(trainer, law, spec["attribute"], spec["outputs"], noise) for noise in spec["noise"]]
-    return {**out, "seconds": seconds}
+    return {**out, "outputs": spec["outputs"], "seconds_cpu": seconds}
 
 
 def line(record: dict[str, Any]) -> str:

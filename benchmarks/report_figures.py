@@ -24,6 +24,8 @@ def plot_sample_efficiency(path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11.5, 3.8), layout="constrained")
     for color, (method, name) in zip(("C2", "C0", "gray", "C1"), LEARNERS.items(), strict=True):
         own, counts = [one for one in found if one["method"] == method], counts_of[method]
+        if not counts:
+            continue
         for axis, key, style, aim, what in (
             (axes[0], "accuracy", "o-", "accuracy", "tuned"),
             (axes[0], "accuracy", "o:", "plain", "plain"),

@@ -126,17 +126,25 @@ def critic_reach() -> str:
         for what in ("steered", "head"):
             points = one.get(what, [])
             for key, digits in (("gap", 2), ("accuracy", 3)):
-                own = [point.get(f"{key}_se") for point in points]
+                own = [point[f"{key}_se"] for point in points]
                 cells.append(spread([point[key] for point in points], digits, own) if points else "–")
         updates = settings["surrogate"] * settings["critic_updates"]
-        seen = f"the base's estimate, surrogate of {updates} updates" if updates else "the state"
+        seen = f"the base's estimate, by {updates:,} updates" if updates else "the state"
         error = f"{100 * one['surrogate_error']:.2f} %" if updates else "–"
-        seconds = one["seconds"]
-        spent = [f"{seconds[part]:.0f}" if part in seconds else "–" for part in ("base trajectories", "critic", "head")]
-        lines.append([seen, str(settings["critic_trajectories"]), error, f"{one['critic_loss']:.4f}", *cells, " + ".join(spent)])
-    header = ["the critic sees", "base trajectories", "surrogate's error", "critic's loss", "gap, steered", "accuracy"]
-    header += ["gap, head regressed", "accuracy", "CPU s: trajectories + critic + head"]
-    about = f"Seeds {', '.join(map(str, sorted({one['seed'] for one in found})))}; mean over {len(found[0]['steered'])} sets of noise, for all the same."
+        sizes = [f"{settings[name]:,}" for name in ("critic_updates", "critic_trajectories")]
+        lines.append([str(one["seed"]), seen, *sizes, error, f"{one['critic_loss']:.4f}", *cells])
+    header = [
+        "seed",
+        "the critic sees",
+        "its updates",
+        "base trajectories",
+        "surrogate's error",
+        "critic's loss",
+        "gap, steered",
+        "accuracy",
+    ]
+    header += ["gap, head regressed", "accuracy"]
+    about = f"Means over {len(found[0]['steered'])} sets of noise, the same for all rows of a column, of {found[0]['outputs']} images a label."
     return table(header, lines) + "\n\n" + about
 
 

@@ -5,7 +5,7 @@
 A variant is METHOD-nN. CTRL fits a calibrated classifier to N labelled images, nothing else, and trains for a range of gamma on the base's prompts; CFG
 is fine-tuned on the N images, each with its label *and its digit as prompt*, which is more than CTRL is told. Both train for a fixed
 number of updates, whatever N. `head` is CTRL by a control head alone, which a critic warms. `exact` are draws of the law that CTRL with this classifier aims at, base samples resampled
-by p̂^gamma: what is lost to `exact` is the classifier's, what CTRL loses beyond it is what its training leaves over.
+by p̂^gamma, at the values of both: what is lost to `exact` is the classifier's, what CTRL loses beyond it is what its training leaves over.
 
 Each has one number at inference, gamma or the guidance weight (and for CFG how many updates were best), and gets the same validation budget for it: `validation` images a label for each value
 tried. Rows of a result: `plain`, the value 1, which is what Bayes says; the best total variation to the truth, which takes the oracle; and
@@ -108,7 +108,7 @@ def fit_ctrl(
 
 
 def fit_head(spec: dict[str, Any], labels: Labels, classifier: Classifier, folder: Path) -> Fitted:
-    """A control head alone, warmed by a critic, then trained as the recipe is."""
+    """A control head alone, warmed by a critic, then as many updates as the recipe has, all on its own steps, for a wider range of gamma."""
     return fit_ctrl(spec, labels, classifier, folder, spec["head"])
 
 
@@ -123,7 +123,7 @@ def fit_exact(spec: dict[str, Any], labels: Labels, classifier: Classifier, fold
         chosen = [reference.draws(label, prompts, generator, gamma) for label in range(len(rows))]
         return [reference.images[own].float() for own in chosen]
 
-    return Fitted(draw, spec["gammas"], {"seconds_training": 0.0})
+    return Fitted(draw, sorted({*spec["gammas"], *spec["head"]["gammas"]}), {"seconds_training": 0.0})
 
 
 def fit_cfg(spec: dict[str, Any], labels: Labels, _: Classifier, __: Path) -> Fitted:

@@ -58,13 +58,14 @@ def point_of(samples: Samples, environment: Environment, law: dict[str, float], 
     """Gap to log Z of the base samples (`law`, from `exact_law`), nats, with its parts."""
     found = judge(samples, environment, lambda x: oracle(attribute, x))
     j = certificate(found, environment.gamma)
-    accuracy = (found.measured[:, 0] == environment.labels[found.label_rows, 0]).double().mean().item()
+    right = (found.measured[:, 0] == environment.labels[found.label_rows, 0]).double()
     return {
         "gap": law["base_log_partition"] - j.objective,
         "gap_se": math.hypot(law["base_log_partition_se"], j.objective_se),
         "objective": j.objective,
         "kl": found.kl.mean().item(),
-        "accuracy": accuracy,
+        "accuracy": right.mean().item(),
+        "accuracy_se": (right.std() / math.sqrt(len(right))).item(),
     }
 
 

@@ -128,31 +128,37 @@ def base_pool(policy: Policy, environment: Environment, count: int, generator: t
     """`count` base trajectories, their ends scored for every label; of at most KEPT of them also what the denoiser answered.
 
     Raises:
-        ValueError: where log p̂ is not a log-probability.
+        ValueError: where log p̂ is not a log-probability, or the scheduler's transition gives no denoised estimate.
     """
     sampler, grid = environment.sampler, coarse_grid(environment.shape)
-    found, kept, left = [], {k: [] for k in sampler.noisy_steps}, KEPT
+    levels, done = len(sampler.timesteps) + 1, 0
+    rows: list[tuple[torch.Tensor, torch.Tensor]] = []
+    kept: dict[int, list[tuple[torch.Tensor, list[Answer]]]] = {k: [] for k in sampler.noisy_steps}
+    states, denoised = (torch.empty(levels, count, math.prod(grid), device=environment.labels.device) for _ in range(2))
     for batch in _parts(count, environment, generator, at_a_time, "critic: base samples"):
-        x, states, denoised = batch.noise, [seen(batch.noise.float(), grid)], []
-        for k in range(len(sampler.timesteps)):
+        x, own = batch.noise, slice(done, done + len(batch))
+        states[0, own] = seen(x.float(), grid)
+        for k in range(levels - 1):
             with policy.noted() as answers:
                 base = base_transition(policy, sampler, batch, k, x)
-            if left > 0 and k in kept:
-                kept[k].append(_first(x, answers, min(left, len(batch))))
-            # a transition that gives no estimate of the end has its own mean for it
-            denoised.append(seen((base.mean if base.denoised is None else base.denoised).float(), grid))
+            if base.denoised is None:
+                name = type(sampler.scheduler).__name__
+                raise ValueError(f"The transition of {name} gives no denoised estimate, which critic_trajectories needs.")
+            if done < KEPT and k in kept:
+                kept[k].append(_first(x, answers, min(KEPT - done, len(batch))))
+            denoised[k, own] = seen(base.denoised.float(), grid)
             x = base.mean if base.is_deterministic else base.sample(generator)
-            states.append(seen(x.float(), grid))
-        left -= len(batch)
+            states[k + 1, own] = seen(x.float(), grid)
+        done += len(batch)
         scores = environment.log_likelihoods(x).float()
         if wrong := int((~scores.isfinite() | (scores > 1e-4)).sum()):
             raise ValueError(
                 f"critic_trajectories needs log-probabilities, finite and at most 0: {wrong} of {scores.numel()} that the reward gave are not."
             )
-        found.append((torch.stack(states), torch.stack([*denoised, states[-1]]), batch.prompts, scores))
-    states, denoised, *rows = zip(*found, strict=True)
+        rows.append((batch.prompts, scores))
+    denoised[-1] = states[-1]
     joined = {k: _joined(kept.pop(k)) for k in sampler.noisy_steps}  # one step after another: all twice would be too much
-    return Pool(torch.cat(states, dim=1), torch.cat(denoised, dim=1), *(torch.cat(column) for column in rows), joined)
+    return Pool(states, denoised, *(torch.cat(column) for column in zip(*rows, strict=True)), joined)
 
 
 def _first(x: torch.Tensor, answers: list[Answer], count: int) -> tuple[torch.Tensor, list[Answer]]:
@@ -292,8 +298,8 @@ def warm_start(
     """Base samples, critic, control head: see above. Changes the policy's control head and its label embedding.
 
     Args:
-        trajectories: base samples that the critic is fitted to; the first 4,000 give the head's states. updates: of the critic, of the head, and a third
-            of the surrogate's.
+        trajectories: base samples that the critic is fitted to; the first 4,000 give the head's states. updates: of the critic, and of the head; the
+            surrogate gets three times as many.
         at_a_time: trajectories that are drawn together.
 
     Returns:
@@ -310,5 +316,6 @@ def warm_start(
         # autocast keeps its half-precision copies of weights until it ends, here longer than the weights stay what they were
         with torch.autocast(environment.labels.device.type, enabled=False):
             critic, losses = fit_critic(environment, pool, updates, generator)
+            pool = replace(pool, states=pool.states[:0], denoised=pool.denoised[:0])  # the head needs neither, and they are large
             off = learn_control(policy, environment, critic, pool, updates, generator)
     return {**losses, "head_nats_off": off}

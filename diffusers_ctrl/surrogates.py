@@ -23,27 +23,28 @@ RATE, BETAS, BATCH, UPDATES = 3e-3, (0.9, 0.98), 256, 3  # of a surrogate; its u
 
 
 class Perceptron(nn.Module):
-    """(x (B, inputs), level (B,), prompt (B,), extra (B, extra)) -> (B, outputs). All but x scale and shift what each layer says."""
+    """(x (B, inputs), level (B,), prompt (B,), extra (B, extra)) -> (B, outputs). Level and extra scale and shift what each layer says; a prompt,
+    of which there may be thousands, shifts the first."""
 
     def __init__(self, inputs: int, outputs: int, levels: int, prompts: int, dropout: float = 0.0, extra: int = 0) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(inputs if i == 0 else HIDDEN, HIDDEN) for i in range(LAYERS))
-        self.level, self.prompt = (nn.Embedding(rows, 2 * LAYERS * HIDDEN) for rows in (levels, prompts))
+        self.level, self.prompt = nn.Embedding(levels, 2 * LAYERS * HIDDEN), nn.Embedding(prompts, HIDDEN)
         self.extra = nn.Linear(extra, 2 * LAYERS * HIDDEN, bias=False) if extra else None
         self.out, self.dropped = nn.Linear(HIDDEN, outputs), nn.Dropout(dropout)
-        nn.init.normal_(self.level.weight, std=0.3)
-        nn.init.normal_(self.prompt.weight, std=0.1)
+        for table in (self.level, self.prompt):
+            nn.init.normal_(table.weight, std=0.3)
 
     def forward(
         self, x: torch.Tensor, level: torch.Tensor, prompt: torch.Tensor, extra: torch.Tensor | None = None
     ) -> torch.Tensor:
-        told = self.level(level) + self.prompt(prompt)
+        told = self.level(level)
         if self.extra is not None:
             told = told + self.extra(extra)
-        hidden, told = None, told.chunk(2 * LAYERS, dim=1)
-        for layer, scale, shift in zip(self.layers, told[::2], told[1::2], strict=True):
-            new = self.dropped(F.silu(layer(x if hidden is None else hidden) * (1 + scale) + shift))
-            hidden = new if hidden is None else hidden + new
+        scales, shifts = told.unflatten(1, (2, LAYERS, HIDDEN)).unbind(dim=1)
+        hidden = self.dropped(F.silu(self.layers[0](x) * (1 + scales[:, 0]) + shifts[:, 0] + self.prompt(prompt)))
+        for i, layer in enumerate(self.layers[1:], 1):
+            hidden = hidden + self.dropped(F.silu(layer(hidden) * (1 + scales[:, i]) + shifts[:, i]))
         return self.out(hidden)
 
 
@@ -112,7 +113,8 @@ def fit(
             bar.set_postfix(fitted=f"{loss.item():.3f}", held_out=f"{found:.3f}", best=f"{best:.3f}", refresh=False)
     if not kept:
         raise ValueError(
-            f"{description}: no finite loss in {updates} updates; give more base trajectories and updates, or leave it out."
+            f"{description}: none of its losses on held-out base trajectories was finite. Give more critic_trajectories and "
+            "critic_updates; with critic_trajectories = 0 there is no warm start."
         )
     network.load_state_dict(kept)
     network.eval().requires_grad_(False)
@@ -131,7 +133,8 @@ def fit_surrogate(
     """The surrogate of base trajectories, and its error (a share of the variance) on those that it was not fitted to.
 
     Args:
-        states, denoised: (K + 1, n, d), all on one device. prompts: (n,) rows of num_prompts. held: trajectories that are held out. updates: of BATCH states each.
+        states, denoised: (K + 1, n, d), all on one device. prompts: (n,) rows of num_prompts. held: trajectories that are held out.
+            updates: of BATCH states each.
     """
     levels, count, device = *states.shape[:2], states.device
     surrogate = Surrogate(states, denoised, num_prompts).to(device)

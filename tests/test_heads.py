@@ -1,5 +1,6 @@
 """The control head: nothing without a label, the same in training and in pipelines, saved with the adapter; and its warm start, against quadrature."""
 
+import copy
 import json
 import math
 import shutil
@@ -32,7 +33,7 @@ from diffusers_ctrl.heads import LABEL_WIDTH, ControlHead, coarse_grid, seen
 from diffusers_ctrl.label_encoder import LabelEncoder
 from diffusers_ctrl.objectives import adjoint_matching, direct_backprop
 from diffusers_ctrl.rollouts import Environment, Sampler, base_transition, tuned_transition
-from diffusers_ctrl.surrogates import fit
+from diffusers_ctrl.surrogates import Surrogate, fit, fit_surrogate
 from problems import cosine_scheduler, tiny_environment, tiny_policy
 
 
@@ -361,9 +362,39 @@ def test_the_surrogate_is_the_bases_own_estimate(fitted):
         assert (found - expected).square().mean() < 0.02 * pool.denoised.var(), k
 
 
+def test_the_critic_sees_a_state_through_the_surrogate_alone(fitted):
+    critic = copy.deepcopy(fitted[2])
+    x, rows = torch.linspace(-1, 1, 5).view(-1, 1, 1, 1), torch.full((5,), 4)
+    told = (rows, torch.zeros_like(rows), torch.full((5,), 2.0))
+    before = critic(x, *told)
+    assert before.std(dim=0).min() > 0.1
+    critic.surrogate.forward = lambda x, level, prompt: torch.full_like(x, 0.3)
+    blind = critic(x, *told)
+    assert blind.std(dim=0).max() < 1e-6
+    critic.surrogate.forward = lambda x, level, prompt: torch.where(x > 0, 0.3, -0.7)
+    assert (critic(x, *told)[3:] - blind[3:]).abs().max() < 1e-6 and (critic(x, *told)[:2] - blind[:2]).abs().max() > 0.1
+
+
+def test_held_out_trajectories_are_not_fitted_to():
+    """They alone have the second prompt: its row of the table is as it was drawn, but for the weight decay."""
+    generator = torch.Generator().manual_seed(0)
+    states, held = torch.randn(3, 400, 2, generator=generator), torch.arange(40)
+    prompts = (torch.arange(400) < 40).long()
+    torch.manual_seed(0)
+    drawn = Surrogate(states, -states, 2).net.prompt.weight
+    torch.manual_seed(0)
+    surrogate, error = fit_surrogate(states, -states, prompts, 2, held, 100, generator)
+    alike = nn.functional.cosine_similarity(surrogate.net.prompt.weight, drawn, dim=1)
+    assert alike[1] > 0.99999 and alike[0] < 0.9995, alike
+    # the error is that of the held-out ones
+    every = torch.cat([surrogate(states[k, held], torch.full((40,), k), prompts[held]) for k in range(3)])
+    expected = (-states[:, held].flatten(0, 1) - surrogate.estimate_middle) / surrogate.estimate_width
+    assert error == pytest.approx((every - expected).square().mean().item(), rel=1e-4)
+
+
 def test_a_fit_that_is_never_finite_says_so():
     line = torch.nn.Linear(1, 1)
-    with pytest.raises(ValueError, match="critic: fit: no finite loss in 2 updates"):
+    with pytest.raises(ValueError, match="critic: fit: none of its losses .* critic_updates"):
         fit(line, lambda: line.weight.sum() * math.nan, lambda: math.nan, 2, "critic: fit", 1e-3)
 
 
@@ -461,6 +492,11 @@ def test_the_trainer_warms_it_once(tmp_path):
         torch.testing.assert_close(value, kept[name], rtol=0, atol=0)
 
 
+class Blind(Sampler):
+    def transition(self, *given):
+        return replace(super().transition(*given), denoised=None)
+
+
 def test_what_a_warm_start_needs(tmp_path):
     with pytest.raises(ValueError, match="needs a control_head"):
         CTRLConfig(critic_trajectories=100)
@@ -478,6 +514,8 @@ def test_what_a_warm_start_needs(tmp_path):
     policy, environment = normal_problem()
     with pytest.raises(ValueError, match="log-probabilities"):
         warm_start(policy, replace(environment, reward=lambda images, labels: images.flatten(1)[:, 0]), 500, 5, 0)
+    with pytest.raises(ValueError, match="DDIMScheduler gives no denoised estimate"):
+        warm_start(policy, replace(environment, sampler=Blind(cosine_scheduler(), STEPS, {"eta": 1.0})), 500, 5, 0)
     policy.trainable_parameters()["lora"][1].data += 1
     with pytest.raises(ValueError, match="for a fresh policy"):
         warm_start(policy, environment, 500, 5, 0)

@@ -203,7 +203,7 @@ def test_a_curve_and_a_comparison_of_both_methods(tmp_path):
     assert record["curve"][-1]["seconds"] == record["curve"][-2]["seconds"] == record["seconds"]
     assert record["thresholds"].keys() == {"4", "3", "2", "1.5", "1", "0.5", "0.2"}
     sample_efficiency.main(["--smoke", "--results", str(tmp_path / "n")])
-    for method in ("ctrl", "cfg", "exact"):
+    for method in ("ctrl", "head", "cfg", "exact"):
         record = json.loads((tmp_path / "n" / f"{method}-n50-seed0.json").read_text())
         assert {aim for row in record["rows"] for aim in row["tuned_for"]} == {"plain", "distance", "accuracy"}
         assert {"accuracy_se", "tv_se", "mmd2_se", "prompt_accuracy", "nearest"} <= record["rows"][0].keys()

@@ -82,12 +82,9 @@ def run(spec: dict[str, Any], name: str, seed: int, cache: Path) -> dict[str, An
     timed("base trajectories", started)
     started, updates = clock(), settings["critic_updates"]
     torch.manual_seed(seed)
-    with mock.patch.object(critics, "UPDATES", settings["surrogate"]):
-        if settings["surrogate"]:
-            critic, losses = critics.fit_critic(environment, pool, updates, generator)
-        else:
-            with mock.patch.object(critics, "fit_surrogate", no_surrogate):
-                critic, losses = critics.fit_critic(environment, pool, updates, generator)
+    changed = {"UPDATES": settings["surrogate"]} if settings["surrogate"] else {"fit_surrogate": no_surrogate}
+    with mock.patch.multiple(critics, **changed):
+        critic, losses = critics.fit_critic(environment, pool, updates, generator)
     timed("critic", started)
     if not settings["surrogate"]:
         del losses["surrogate_error"]

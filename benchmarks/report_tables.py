@@ -21,6 +21,12 @@ EXPERIMENTS = Path(__file__).resolve().parent / "experiments"
 # -- labels, ablations, time --
 
 
+def in_order(name: str) -> list[dict[str, Any]]:
+    """The results of an experiment, its variants in the order of its file, their seeds ascending."""
+    order = list(yaml.safe_load((EXPERIMENTS / f"{name}.yaml").read_text())["variants"])
+    return sorted(read(name), key=lambda one: (order.index(one["variant"]), one["seed"]))
+
+
 def aim_row(record: dict[str, Any], aim: str) -> dict[str, Any]:
     return next(row for row in record["rows"] if aim in row["tuned_for"])
 
@@ -71,11 +77,11 @@ def sample_efficiency() -> str:
 
 
 def ablations() -> str:
-    found = read("ablations")
+    found = in_order("ablations")
     if not found:
         return "Not run yet."
-    order, lines = list(yaml.safe_load((EXPERIMENTS / "ablations.yaml").read_text())["variants"]), []
-    for one in sorted(found, key=lambda one: (order.index(one["variant"]), one["seed"])):
+    lines = []
+    for one in found:
         m, own = one["metrics"], one["classifier"]
         bound = " (lower bound)" if m["gap_from_base_is_lower_bound"] else ""
         cells = [
@@ -117,11 +123,11 @@ def time_to_gap() -> str:
 
 
 def critic_reach() -> str:
-    found = read("critic_reach")
+    found = in_order("critic_reach")
     if not found:
         return "Not run yet."
-    order, lines = list(yaml.safe_load((EXPERIMENTS / "critic_reach.yaml").read_text())["variants"]), []
-    for one in sorted(found, key=lambda one: (order.index(one["variant"]), one["seed"])):
+    lines = []
+    for one in found:
         settings, cells = one["settings"], []
         for what in ("steered", "head"):
             points = one.get(what, [])

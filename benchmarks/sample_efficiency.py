@@ -4,8 +4,8 @@
 
 A variant is METHOD-nN. CTRL fits a calibrated classifier to N labelled images, nothing else, and trains for a range of gamma on the base's prompts; CFG
 is fine-tuned on the N images, each with its label *and its digit as prompt*, which is more than CTRL is told. Both train for a fixed
-number of updates, whatever N. `head` is CTRL by a control head alone, which a critic warms. `exact` are draws of the law that CTRL with this classifier aims at, base samples resampled
-by p̂^gamma, at the values of both: what is lost to `exact` is the classifier's, what CTRL loses beyond it is what its training leaves over.
+number of updates, whatever N. `head` is CTRL by a control head alone, which a critic warms. `exact` are draws of the law that CTRL with this
+classifier aims at, base samples resampled by p̂^gamma, at the values of both: what is lost to `exact` is the classifier's, what CTRL loses beyond it is what its training leaves over.
 
 Each has one number at inference, gamma or the guidance weight (and for CFG how many updates were best), and gets the same validation budget for it: `validation` images a label for each value
 tried. Rows of a result: `plain`, the value 1, which is what Bayes says; the best total variation to the truth, which takes the oracle; and

@@ -6,9 +6,9 @@ The optimum of J (objectives.py) moves each step of the base by
 
 to first order in the step's size. h is the base's own, whatever the policy: a perceptron fitted to the states of base trajectories, whose ends' p̂ is
 known, finds it without any reinforcement learning (the minimizer of binary cross-entropy against p̂^gamma in [0, 1] is its expectation). It sees
-a state by a surrogate's estimate of what the base makes of it (surrogates.py). The control head is then regressed on that control, on the same trajectories: a target without noise, where a trajectory's own adjoint is mostly noise, and without calls of
-the denoiser, whose answers are kept. Drawn in proportion to p̂^gamma, base trajectories are those of the exact law, where the head
-is to be right. What first order and the perceptron leave over is the objective's to learn: nothing here enters the certificate.
+a state by a surrogate's estimate of what the base makes of it (surrogates.py). The control head is then regressed on that control, on the same
+trajectories: a target without noise, where a trajectory's own adjoint is mostly noise, and without calls of the denoiser, whose answers are kept.
+Drawn in proportion to p̂^gamma, base trajectories are those of the exact law, where the head is to be right. What first order and the perceptron leave over is the objective's to learn: nothing here enters the certificate.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Perceptrons of noisy states, fitted to base trajectories; above all the base's own denoised estimate, at a thousandth of a call's cost.
+"""Perceptrons of noisy states, fitted to base trajectories; above all the base's own denoised estimate, without a call of it.
 
 What a state will become is known of every state of a trajectory in as many numbers as the state has: the denoiser says it. Whether it will have a label is
 one number, and that of one draw. So the first is learned from far fewer trajectories than the second, and a critic that sees the first in place of the

@@ -12,6 +12,7 @@ a slow minute of the machine meets all of them. Medians over rounds of the media
 - 2 trajectories at a time: the same update in two micro-batches, whose calls have 4 rows as the official algorithm's have. Differentiated 2 at a
   time: only the calls with a gradient have 4 rows (`gradient_batch_size`), the trajectories are drawn 4 at once.
 - control head: alone, of width 512 (`lora_rank: 0`), in place of LoRA.
+- channels last, compiled: the same update or sampling with the U-Net's convolutions so, or with `unet.compile()`, which the first warm-up pays.
 - MiB: the process's peak above what it had before its first update. rows: samples that the U-Nets were called with, recomputation included.
 
 `official` is the algorithm of official.py. `sampling` is one batch of trajectories of the tuned model, without gradient: the floor of any method that
@@ -76,6 +77,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "control head, direct_backprop, all steps": {**HEAD, "objective": "direct_backprop"},
     "control head, direct_backprop, all steps, tape": {**HEAD, "objective": "direct_backprop", "checkpointing": False},
     "sampling": {},
+    "adjoint_matching (default), channels last": {**DEFAULT, "channels_last": True},
+    "adjoint_matching (default), compiled": {**DEFAULT, "compiled": True},
+    "sampling, channels last": {"channels_last": True},
+    "sampling, compiled": {"compiled": True},
 }
 SMOKE = ("official", "adjoint_matching (default)", "sampling")
 
@@ -87,9 +92,11 @@ def update_of(row: str, size_name: str, steps: int, folder: str) -> tuple[Callab
     unet, vae = random_unet(size), random_vae(size)
     classifier = Classifier(SPACE.to_dict(), image_size=16, widths=(8, 16)).requires_grad_(False).eval()
     prompts, null = random_embeds(size, 8)
-    settings = {"checkpointing": row != "official", "merge_lora": True}
+    settings = {"batch_size": 4, "checkpointing": row != "official", "merge_lora": True}
     settings |= {k: max(1, round(steps * v)) if isinstance(v, float) else v for k, v in ROWS[row].items()}
-    settings = {"batch_size": 4, **settings}
+    if settings.pop("channels_last", False):
+        unet.to(memory_format=torch.channels_last)
+    compiled = settings.pop("compiled", False)
     config = CTRLConfig(output_dir=folder, num_inference_steps=steps, guidance_scale=GUIDANCE, report_to="none", **settings)
     policy = Policy(
         unet,
@@ -115,7 +122,9 @@ def update_of(row: str, size_name: str, steps: int, folder: str) -> tuple[Callab
         null_embeds=null,
     )
     environment, generator = trainer.environment, torch.Generator().manual_seed(0)
-    if row == "sampling":
+    if compiled:
+        unet.compile()
+    if row.startswith("sampling"):
 
         def sampling() -> None:
             batch = environment.draw(config.batch_size, generator)
@@ -156,7 +165,10 @@ def worker(row: str, size: str, steps: int, repeats: int) -> dict[str, float]:
         optimizer.step = lambda: (optimizer_steps.__setitem__(0, optimizer_steps[0] + 1), take())
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = resident_mib()
-        update(), update()
+        started = time.perf_counter()
+        update()
+        first = time.perf_counter() - started
+        update()
         rows[0], optimizer_steps[0], seconds, cpu_seconds = 0, 0, [], []
         for _ in range(repeats):
             started, computed = time.perf_counter(), time.process_time()
@@ -164,6 +176,7 @@ def worker(row: str, size: str, steps: int, repeats: int) -> dict[str, float]:
             seconds.append(time.perf_counter() - started)
             cpu_seconds.append(time.process_time() - computed)
     return {
+        "first_seconds": first,
         "seconds": statistics.median(seconds),
         "cpu_seconds": statistics.median(cpu_seconds),
         "mib": resident_mib("VmHWM") - before,

@@ -183,8 +183,10 @@ class Policy(nn.Module):
         """torch's checkpoint of one block, recomputed with the label and the LoRA's bypass of its forward.
 
         Without that a block of the reference would be differentiated with the LoRA on, and one that embeds the time itself (DiT's)
-        without its label.
+        without its label. (A compiled call has both as inputs of its graph, which is what is recomputed.)
         """
+        if torch.compiler.is_compiling():
+            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
         embedding, bypassed = self._hook.embedding, [layer for layer in self._lora if layer._disable_adapters]
 
         @contextmanager

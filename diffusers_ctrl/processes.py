@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
-from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
+from accelerate.utils import DynamoBackend, InitProcessGroupKwargs, parse_flag_from_env
 
 
 T = TypeVar("T")
@@ -36,6 +36,25 @@ def use_cpu() -> bool:
 def make_accelerator(**settings: Any) -> Accelerator:
     """An `Accelerator` of these settings that finds its processes on CPU too, and in which processes wait for each other long enough."""
     return Accelerator(cpu=use_cpu(), kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)], **settings)
+
+
+def compiles(accelerator: Accelerator) -> bool:
+    """Whether accelerate was told to compile (`accelerate launch --dynamo_backend inductor`)."""
+    return accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+
+
+def compile_in_place(denoiser: torch.nn.Module, accelerator: Accelerator) -> None:
+    """torch.compile of the denoiser as accelerate was told to: names of weights, LoRA and the label's hook stay what they are.
+
+    Raises:
+        ValueError: for regional compilation of a denoiser that has no `compile_repeated_blocks`, or names no such blocks.
+    """
+    plugin = accelerator.state.dynamo_plugin
+    if not plugin.use_regional_compilation:
+        return denoiser.compile(**plugin.to_kwargs())
+    if not getattr(denoiser, "_repeated_blocks", None):
+        raise ValueError(f"{type(denoiser).__name__} names no repeated blocks: leave out --dynamo_use_regional_compilation.")
+    denoiser.compile_repeated_blocks(**plugin.to_kwargs())
 
 
 def count() -> int:

@@ -159,6 +159,8 @@ class CTRLTrainer:
             check_critic(self.environment, policy)  # raises here, not after the base samples
             if config.shard_base and processes.count() > 1:
                 raise ValueError("critic_trajectories cannot be had with shard_base: the main process alone calls the base then.")
+        if config.shard_base and processes.count() > 1 and processes.compiles(self.accelerator):
+            raise ValueError("--dynamo_backend cannot be had with shard_base: leave out one of them.")
         self.log_partition = log_partition
         self.save_images = save_images
         groups = policy.trainable_parameters()
@@ -170,6 +172,8 @@ class CTRLTrainer:
         self._identity = json.loads(json.dumps({**(identity or {}), **self._law(scheduler)}, default=str))
         if config.shard_base and processes.count() > 1:
             processes.shard(policy.denoiser, trained)
+        if processes.compiles(self.accelerator):
+            processes.compile_in_place(policy.denoiser, self.accelerator)
         rates = {
             "lora": config.learning_rate,
             "label_encoder": config.label_learning_rate,

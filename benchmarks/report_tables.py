@@ -164,22 +164,34 @@ def step_time() -> str:
 
 
 def _step_time(record: dict[str, Any]) -> str:
-    lines = []
-    columns = [
-        ("seconds", 2),
-        ("time_over_official", 2),
-        ("time_over_sampling", 1),
-        ("mib", 0),
-        ("memory_over_official", 2),
-        ("rows", 0),
-    ]
-    columns += [("optimizer_steps", 0), ("optimizer_step_over_official", 2)]
+    rounds, lines = {(row["name"], row["steps"]): row["rounds"] for row in record["rows"]}, []
+
+    def ratio(row: dict[str, Any], other: str, key: str, digits: int) -> str:
+        """The median over rounds, and the range where there are several."""
+        pairs = zip(row["rounds"], rounds.get((other, row["steps"]), []), strict=False)
+        found = sorted(own["seconds"] / theirs["seconds"] for own, theirs in pairs)
+        middle = f"{row[key]:.{digits}f}" if key in row else "–"
+        between = len(found) > 1 and row["name"] != other
+        return f"{middle} ({found[0]:.{digits}f}–{found[-1]:.{digits}f})" if between else middle
+
     for row in sorted(record["rows"], key=lambda row: row["steps"]):
-        cells = [f"{row[key]:.{digits}f}" if key in row else "–" for key, digits in columns]
+        cells = [
+            f"{row['seconds']:.2f}",
+            ratio(row, "official", "time_over_official", 2),
+            ratio(row, "sampling", "time_over_sampling", 1),
+        ]
+        for key, digits in (
+            ("mib", 0),
+            ("memory_over_official", 2),
+            ("rows", 0),
+            ("optimizer_steps", 0),
+            ("optimizer_step_over_official", 2),
+        ):
+            cells.append(f"{row[key]:.{digits}f}" if key in row else "–")
         lines.append([row["name"], str(row["steps"]), *cells, str(len(row["rounds"]))])
     header = ["one update", "K", "seconds", "/ official", "/ sampling", "MiB above the model", "/ official", "U-Net rows"]
     header += ["optimizer steps", "seconds a step / official", "rounds"]
-    about = f"{record['threads']} threads, medians over rounds of the median of {record['repeats']} updates, commit {record['commit'][:7]}."
+    about = f"{record['threads']} threads, medians (range) over rounds of the median of {record['repeats']} updates, commit {record['commit'][:7]}."
     return table(header, lines) + "\n\n" + about
 
 

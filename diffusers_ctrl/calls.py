@@ -93,6 +93,9 @@ class CallWatch:
         timesteps = self.scheduler.timesteps
         return int((timesteps - torch.as_tensor(timestep, device=timesteps.device)).abs().argmin())
 
+    # the three that a call of the denoiser asks: of the sampler's state, no part of what is compiled of a denoiser
+
+    @torch.compiler.disable
     def is_deterministic(self) -> bool:
         """Whether the coming step adds no noise, and so is the base's. Where no step has noise (eta = 0), all are the label's."""
         if self._deterministic is None:
@@ -109,6 +112,7 @@ class CallWatch:
 
     # -- the guidance --
 
+    @torch.compiler.disable
     def begin_call(self, rows: int) -> tuple[bool, ...]:
         """A forward of the denoiser with this many rows begins: which of its parts get the label."""
         parts, rest = divmod(rows, self.samples)
@@ -123,6 +127,7 @@ class CallWatch:
         self.guidance_is_unknown = True
         return (True,) * parts
 
+    @torch.compiler.disable
     def end_call(self, output: torch.Tensor) -> torch.Tensor:
         """The same forward's output; noise in its place while the guidance is being found, so that its parts cannot be confused."""
         if self.guidance_is_unknown:

@@ -146,6 +146,7 @@ class StrengthHook(ModelHook):
         finally:
             label.embedding = label.time = None
 
+    @torch.compiler.disable  # what a compiled denoiser is called with, not a part of it: else another call would compile it anew
     def _weights(self, name: str, device: torch.device) -> dict[nn.Module, torch.Tensor] | None:
         """`merged_weights` of an adapter, computed once a pipeline's call; None where gradients are wanted of LoRA's own."""
         if torch.is_grad_enabled():

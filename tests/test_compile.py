@@ -73,13 +73,23 @@ def test_a_compiled_denoiser_answers_as_it_is(case):
 
 def test_a_compiled_pipeline_takes_every_label_and_strength(sd_folder, sd_gamma_adapter):
     def drawn(compiled: bool) -> list[torch.Tensor]:
-        pipe, images = CTRLPipeline.from_pretrained(sd_folder), []
+        torch._dynamo.utils.counters.clear()
+        pipe, images, graphs = CTRLPipeline.from_pretrained(sd_folder), [], []
+        pipe.load_ctrl_adapter(sd_gamma_adapter)
         if compiled:
             pipe.unet.compile(backend="eager")
-        pipe.load_ctrl_adapter(sd_gamma_adapter)
-        for given in ({"label": "thin"}, {"label": "bold"}, {"label": "bold", "gamma": 4.0}, {}):
+        for given in (
+            {"label": "thin"},
+            {"label": "bold", "gamma": 4.0},
+            {"label": "bold"},
+            {},
+            {"label": "thin", "strength": 0.5},
+        ):
             images.append(pipe("a seven", generator=torch.Generator().manual_seed(0), output_type="pt", **given).images)
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         assert is_compiled(pipe.unet) == compiled
+        # one for the noisy steps and one for the last, which is the base's: another label or gamma is not compiled anew
+        assert graphs[:3] == [2, 2, 2] if compiled else not any(graphs)
         return images
 
     found, expected = drawn(True), drawn(False)

@@ -23,7 +23,7 @@ import peer_methods
 import peers
 import report_format
 import report_peers
-from diffusers_ctrl.adapters import load_adapter, resolve_folder
+from diffusers_ctrl.adapters import load_adapter, resolve_folder, save_adapter
 from diffusers_ctrl.rollouts import both_transitions, rollout, tuned_transition
 from digits_data import PROMPTS
 from problems import tiny_environment, tiny_policy
@@ -201,6 +201,18 @@ def test_an_adapter_of_other_settings_is_not_taken(smoke, tmp_path):
     shutil.copytree(folder / "runs" / "stroke-0", tmp_path / "stroke-1")
     with pytest.raises(SystemExit, match="stroke-1 was trained with another num_inference_steps, seed: delete it"):
         peers.trained("stroke", 1, "recipe", tmp_path, smoke=False)
+
+
+def test_adapters_of_other_classifiers_are_not_compared(smoke, tmp_path):
+    """Every method is given one classifier: a variant that was trained with another is found, whether its method is asked for or not."""
+    folder, _ = smoke
+    shutil.copytree(folder / "runs" / "stroke-0", tmp_path / "stroke-0")
+    other = load_adapter(tmp_path / "stroke-0")
+    for parameter in other.classifier.parameters():
+        parameter.data *= 1.5
+    save_adapter(tmp_path / "stroke-0-longer", other)
+    with pytest.raises(SystemExit, match="stroke-0 and .*stroke-0-longer have other classifiers: delete one"):
+        peers.open_setting("stroke", 0, tmp_path, 300, smoke=True)
 
 
 def test_results_of_another_classifier_are_found(tmp_path):

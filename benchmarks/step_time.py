@@ -12,7 +12,8 @@ a slow minute of the machine meets all of them. Medians over rounds of the media
 - 2 trajectories at a time: the same update in two micro-batches, whose calls have 4 rows as the official algorithm's have. Differentiated 2 at a
   time: only the calls with a gradient have 4 rows (`gradient_batch_size`), the trajectories are drawn 4 at once.
 - control head: alone, of width 512 (`lora_rank: 0`), in place of LoRA.
-- channels last, compiled: the same update or sampling with the U-Net's convolutions so, or with `unet.compile()`, which the first warm-up pays.
+- channels last, compiled: the same update or sampling with the U-Net's convolutions so, or with `unet.compile()`; first_seconds, of the first warm-up,
+  are what compiling costs, with nothing of it on the disk yet.
 - MiB: the process's peak above what it had before its first update. rows: samples that the U-Nets were called with, recomputation included.
 
 `official` is the algorithm of official.py. `sampling` is one batch of trajectories of the tuned model, without gradient: the floor of any method that
@@ -153,14 +154,19 @@ def update_of(row: str, size_name: str, steps: int, folder: str) -> tuple[Callab
 def worker(row: str, size: str, steps: int, repeats: int) -> dict[str, float]:
     warnings.filterwarnings("ignore")
     rows, optimizer_steps = [0], [0]
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # else the rest would run as it is, unseen
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
         update, unet, optimizer = update_of(row, size, steps, folder)
 
         def count(given: tuple[torch.Tensor, ...]) -> None:
             rows[0] += len(given[0])
 
         unet.conv_in.count = count
-        unet.conv_in.register_forward_pre_hook(lambda _, given: count(given))
+        if (compiled := unet._compiled_call_impl) is None:
+            unet.conv_in.register_forward_pre_hook(lambda _, given: count(given))
+        else:  # a hook would be compiled, and compiled again for each number that it has counted
+            unet._compiled_call_impl = lambda *given, **named: (count(given), compiled(*given, **named))[1]
         take = optimizer.step
         optimizer.step = lambda: (optimizer_steps.__setitem__(0, optimizer_steps[0] + 1), take())
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak

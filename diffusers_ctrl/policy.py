@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -183,10 +183,8 @@ class Policy(nn.Module):
         """torch's checkpoint of one block, recomputed with the label and the LoRA's bypass of its forward.
 
         Without that a block of the reference would be differentiated with the LoRA on, and one that embeds the time itself (DiT's)
-        without its label. (A compiled call has both as inputs of its graph, which is what is recomputed.)
+        without its label.
         """
-        if torch.compiler.is_compiling():
-            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
         embedding, bypassed = self._hook.embedding, [layer for layer in self._lora if layer._disable_adapters]
 
         @contextmanager
@@ -198,13 +196,13 @@ class Policy(nn.Module):
             finally:
                 self._hook.embedding = before
 
-        return checkpoint(
-            block.__call__,
-            *args,
-            use_reentrant=False,
-            preserve_rng_state=False,
-            context_fn=lambda: (nullcontext(), as_it_was()),
-        )
+        def again(*given):
+            if torch.compiler.is_compiling():  # the graph itself is recomputed, and it is of this label and bypass
+                return block(*given)
+            with as_it_was():
+                return block(*given)
+
+        return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False)
 
     def _tuned(self, sample, timestep, prompt_embeds, null_embeds, embedding) -> torch.Tensor:
         if self._merged is None:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DynamoBackend, InitProcessGroupKwargs, parse_flag_from_env
+from accelerate.utils import DynamoBackend, InitProcessGroupKwargs, is_torch_version, parse_flag_from_env
 
 
 T = TypeVar("T")
@@ -47,9 +47,11 @@ def compile_in_place(denoiser: torch.nn.Module, accelerator: Accelerator) -> Non
     """torch.compile of the denoiser as accelerate was told to: names of weights, LoRA and the label's hook stay what they are.
 
     Raises:
-        ValueError: for regional compilation of a denoiser that has no `compile_repeated_blocks`, or names no such blocks.
+        ValueError: for a torch before 2.5, whose graphs keep weights as they were; for regional compilation of a denoiser that names no blocks.
     """
     plugin = accelerator.state.dynamo_plugin
+    if is_torch_version("<", "2.5"):
+        raise ValueError(f"--dynamo_backend needs torch 2.5 or later: this is {torch.__version__}.")
     if not plugin.use_regional_compilation:
         return denoiser.compile(**plugin.to_kwargs())
     if not getattr(denoiser, "_repeated_blocks", None):

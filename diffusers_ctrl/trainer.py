@@ -160,7 +160,9 @@ class CTRLTrainer:
             if config.shard_base and processes.count() > 1:
                 raise ValueError("critic_trajectories cannot be had with shard_base: the main process alone calls the base then.")
         if config.shard_base and processes.count() > 1 and processes.compiles(self.accelerator):
-            raise ValueError("--dynamo_backend cannot be had with shard_base: leave out one of them.")
+            raise ValueError(
+                "--dynamo_backend cannot be had with shard_base, which deals out the base's weights: leave out one of them."
+            )
         self.log_partition = log_partition
         self.save_images = save_images
         groups = policy.trainable_parameters()

@@ -73,7 +73,13 @@ def trainer(name, tmp_path, guided=False, dtype=torch.float32, blocks=False, **s
         **settings,
     )
     policy = Policy(
-        family.denoiser, label_space=SPACE, lora_rank=2, guidance_scale=scale, checkpointing=settings.get("checkpointing", False)
+        family.denoiser,
+        label_space=SPACE,
+        lora_rank=2,
+        guidance_scale=scale,
+        checkpointing=settings.get("checkpointing", False),
+        control_head=config.control_head,
+        shape=conditions.shape,
     )
     if blocks:
         family.denoiser.enable_gradient_checkpointing()

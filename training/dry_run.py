@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from diffusers_ctrl import CTRLConfig, CTRLTrainer
 from diffusers_ctrl.evaluation import draw_samples
+from diffusers_ctrl.processes import compiles
 from task import TaskConfig
 
 
@@ -83,8 +84,9 @@ def print_dry_run(trainer: CTRLTrainer, task: TaskConfig) -> dict[str, Any]:
         found[name] = history[2 * i + 1]["seconds"] - history[2 * i]["seconds"]
     count = min(task.sample_batch_size, task.base_samples, 16)
     one_label = replace(trainer.environment, labels=trainer.environment.labels[:1])
-    started = time.perf_counter()
-    draw_samples(policy, one_label, count, batch_size=count, progress=False)
+    for _ in range(2 if compiles(trainer.accelerator) else 1):  # another size of batch is compiled first
+        started = time.perf_counter()
+        draw_samples(policy, one_label, count, batch_size=count, progress=False)
     per_sample = (time.perf_counter() - started) / count
     peak = peak_bytes(device)
     fine = max(0, config.max_updates - config.coarse_updates)

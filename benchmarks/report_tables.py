@@ -59,7 +59,8 @@ def sample_efficiency() -> str:
             seconds = statistics.mean(
                 one["seconds_training"] + (one["seconds_classifier"] if method != "cfg" else 0) for one in own
             )
-            lines.append([str(count), f"**{name}**" if name.startswith("CTRL") else name, *cells, f"{seconds:.0f}"])
+            seeds = ", ".join(str(one["seed"]) for one in sorted(own, key=lambda one: one["seed"]))
+            lines.append([str(count), f"**{name}**" if name.startswith("CTRL") else name, *cells, f"{seconds:.0f}", seeds])
     header = [
         "labels",
         "",
@@ -70,8 +71,9 @@ def sample_efficiency() -> str:
         "MMD², 1e-3, tuned for TV",
         "digit",
         "training, s",
+        "seeds",
     ]
-    about = f"Seeds {', '.join(map(str, sorted({one['seed'] for one in found})))}; {found[0]['outputs']} images a label. "
+    about = f"{found[0]['outputs']} images a label. "
     about += f"As many exact draws of the truth show {exact_draws(found[0])}."
     return table(header, lines) + "\n\n" + about
 

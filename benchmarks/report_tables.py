@@ -168,28 +168,19 @@ def step_time() -> str:
 def _step_time(record: dict[str, Any]) -> str:
     rounds, lines = {(row["name"], row["steps"]): row["rounds"] for row in record["rows"]}, []
 
-    def ratio(row: dict[str, Any], other: str, key: str, digits: int) -> str:
-        """The median over rounds, and the range where there are several."""
+    def ratio(row: dict[str, Any], other: str, digits: int) -> str:
+        """Of the seconds: the median over rounds, and the range where there are several."""
         pairs = zip(row["rounds"], rounds.get((other, row["steps"]), []), strict=False)
         found = sorted(own["seconds"] / theirs["seconds"] for own, theirs in pairs)
-        middle = f"{row[key]:.{digits}f}" if key in row else "–"
-        between = len(found) > 1 and row["name"] != other
-        return f"{middle} ({found[0]:.{digits}f}–{found[-1]:.{digits}f})" if between else middle
+        if not found:
+            return "–"
+        span = f" ({found[0]:.{digits}f}–{found[-1]:.{digits}f})" if len(found) > 1 and row["name"] != other else ""
+        return f"{statistics.median(found):.{digits}f}{span}"
 
+    columns = [("mib", 0), ("memory_over_official", 2), ("rows", 0), ("optimizer_steps", 0), ("optimizer_step_over_official", 2)]
     for row in sorted(record["rows"], key=lambda row: row["steps"]):
-        cells = [
-            f"{row['seconds']:.2f}",
-            ratio(row, "official", "time_over_official", 2),
-            ratio(row, "sampling", "time_over_sampling", 1),
-        ]
-        for key, digits in (
-            ("mib", 0),
-            ("memory_over_official", 2),
-            ("rows", 0),
-            ("optimizer_steps", 0),
-            ("optimizer_step_over_official", 2),
-        ):
-            cells.append(f"{row[key]:.{digits}f}" if key in row else "–")
+        cells = [f"{row['seconds']:.2f}", ratio(row, "official", 2), ratio(row, "sampling", 1)]
+        cells += [f"{row[key]:.{digits}f}" if key in row else "–" for key, digits in columns]
         lines.append([row["name"], str(row["steps"]), *cells, str(len(row["rounds"]))])
     header = ["one update", "K", "seconds", "/ official", "/ sampling", "MiB above the model", "/ official", "U-Net rows"]
     header += ["optimizer steps", "seconds a step / official", "rounds"]

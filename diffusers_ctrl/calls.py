@@ -93,7 +93,7 @@ class CallWatch:
         timesteps = self.scheduler.timesteps
         return int((timesteps - torch.as_tensor(timestep, device=timesteps.device)).abs().argmin())
 
-    # the three that a call of the denoiser asks: of the sampler's state, no part of what is compiled of a denoiser
+    # these three are asked in each call of the denoiser, of the sampler's state, which must not be compiled in with it
 
     @torch.compiler.disable
     def is_deterministic(self) -> bool:

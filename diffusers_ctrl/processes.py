@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DynamoBackend, InitProcessGroupKwargs, is_torch_version, parse_flag_from_env
+from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 
 
 T = TypeVar("T")
@@ -36,27 +36,6 @@ def use_cpu() -> bool:
 def make_accelerator(**settings: Any) -> Accelerator:
     """An `Accelerator` of these settings that finds its processes on CPU too, and in which processes wait for each other long enough."""
     return Accelerator(cpu=use_cpu(), kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)], **settings)
-
-
-def compiles(accelerator: Accelerator) -> bool:
-    """Whether accelerate was told to compile (`accelerate launch --dynamo_backend inductor`)."""
-    return accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
-
-
-def compile_in_place(denoiser: torch.nn.Module, accelerator: Accelerator) -> None:
-    """torch.compile of the denoiser as accelerate was told to: names of weights, LoRA and the label's hook stay what they are.
-
-    Raises:
-        ValueError: for a torch before 2.5, whose graphs keep weights as they were; for regional compilation of a denoiser that names no blocks.
-    """
-    plugin = accelerator.state.dynamo_plugin
-    if is_torch_version("<", "2.5"):
-        raise ValueError(f"--dynamo_backend needs torch 2.5 or later: this is {torch.__version__}.")
-    if not plugin.use_regional_compilation:
-        return denoiser.compile(**plugin.to_kwargs())
-    if not getattr(denoiser, "_repeated_blocks", None):
-        raise ValueError(f"{type(denoiser).__name__} names no repeated blocks: leave out --dynamo_use_regional_compilation.")
-    denoiser.compile_repeated_blocks(**plugin.to_kwargs())
 
 
 def count() -> int:

@@ -35,6 +35,7 @@ from .checkpoints import (
     write_checkpoint,
     write_file,
 )
+from .compiling import compile_in_place, compiles
 from .conditions import Condition
 from .config import FREE, LAW, CTRLConfig, make_sampler
 from .critics import AT_A_TIME, check_critic, warm_start
@@ -159,7 +160,7 @@ class CTRLTrainer:
             check_critic(self.environment, policy)  # raises here, not after the base samples
             if config.shard_base and processes.count() > 1:
                 raise ValueError("critic_trajectories cannot be had with shard_base: the main process alone calls the base then.")
-        if config.shard_base and processes.count() > 1 and processes.compiles(self.accelerator):
+        if config.shard_base and processes.count() > 1 and compiles(self.accelerator):
             raise ValueError(
                 "--dynamo_backend cannot be had with shard_base, which deals out the base's weights: leave out one of them."
             )
@@ -174,8 +175,8 @@ class CTRLTrainer:
         self._identity = json.loads(json.dumps({**(identity or {}), **self._law(scheduler)}, default=str))
         if config.shard_base and processes.count() > 1:
             processes.shard(policy.denoiser, trained)
-        if processes.compiles(self.accelerator):
-            processes.compile_in_place(policy.denoiser, self.accelerator)
+        if compiles(self.accelerator):
+            compile_in_place(policy.denoiser, self.accelerator)
         rates = {
             "lora": config.learning_rate,
             "label_encoder": config.label_learning_rate,

@@ -15,6 +15,7 @@ import diffusers  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
 from diffusers import (  # noqa: E402
     DDIMScheduler,
     DDPMPipeline,
@@ -193,6 +194,14 @@ def ddpm_adapter(ddpm_folder, tmp_path_factory) -> Path:
 def adapter(sd_adapter) -> Adapter:
     """The adapter of `sd_adapter` in memory, afresh for each test."""
     return load_adapter(sd_adapter)
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """What the first Accelerator of a process was told (precision, compiling) is told to all the later ones."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

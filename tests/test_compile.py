@@ -10,9 +10,12 @@ from accelerate.state import AcceleratorState
 from diffusers import UNet2DConditionModel
 from test_training_families import gradient
 
-from diffusers_ctrl import CTRLConfig, CTRLPipeline, CTRLTrainer, Policy, processes
+from diffusers_ctrl import CTRLConfig, CTRLPipeline, CTRLTrainer, Policy, compiling, processes
 from families import BUILDERS
 from problems import cosine_scheduler, tiny_environment, tiny_policy
+
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture(autouse=True)
@@ -23,13 +26,6 @@ def fresh_compiler():
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         yield
     torch._dynamo.reset()
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def graphs() -> int:
@@ -174,7 +170,7 @@ def test_regional_compilation_is_of_the_blocks(tmp_path, monkeypatch):
 
 def test_what_cannot_be_compiled_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
-    monkeypatch.setattr(processes, "is_torch_version", lambda _, version: version == "2.5")
+    monkeypatch.setattr(compiling, "is_torch_version", lambda _, version: version == "2.5")
     with pytest.raises(ValueError, match="--dynamo_backend needs torch 2.5 or later: this is "):
         make_trainer(tmp_path, tiny_policy())
     monkeypatch.setattr(processes, "count", lambda: 2)

@@ -56,6 +56,7 @@ ORDER = (
     "monitoring",
     "preemption",
     "config",
+    "compiling",
     "trainer",
     "__init__",  # the package itself: may import all, so nothing in it may import it
 )

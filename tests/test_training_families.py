@@ -5,7 +5,6 @@ import functools
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from diffusers_ctrl import CTRLConfig, CTRLTrainer
 from diffusers_ctrl.decoding import decoder
@@ -19,15 +18,7 @@ SPACE = LabelSpace(stroke=Categorical(("thin", "regular", "bold")))
 STEPS = 4
 GUIDED = [name for name in BUILDERS if name not in ("flux", "ddpm")]
 # flow schedulers with noise are not memoryless and DDIM of SD starts with some signal: the trainer says so
-pytestmark = pytest.mark.filterwarnings("ignore:.*memoryless")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """The precision of the first Accelerator of a process is that of all the later ones."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = [pytest.mark.filterwarnings("ignore:.*memoryless"), pytest.mark.usefixtures("fresh_accelerate")]
 
 
 def reward(images, labels):

@@ -16,8 +16,8 @@ import torch
 from tqdm.auto import tqdm
 
 from diffusers_ctrl import CTRLConfig, CTRLTrainer
+from diffusers_ctrl.compiling import compiles
 from diffusers_ctrl.evaluation import draw_samples
-from diffusers_ctrl.processes import compiles
 from task import TaskConfig
 
 

@@ -17,6 +17,7 @@ from diffusers_ctrl.rollouts import Environment, rollout
 from task import TaskConfig
 
 
+PLAIN = "plain"  # the aim that a weight of 1 serves
 RECIPE = "recipe"  # the kind of adapter that a setting's own recipe trains
 Draw = Callable[[torch.Tensor, torch.Tensor, torch.Generator], torch.Tensor]  # label (A,), prompt rows (n,), generator -> images
 
@@ -68,7 +69,8 @@ class Method:
     """weights: what is tried. fit: what is made once, before any weight is known. draw: (setting, what was made, weight) -> how to draw.
 
     priced: whether its steps go through `Base.price`, so that the KL of its paths to the base's is known. adapter: the kind
-    that it needs, if any: only for settings that have it.
+    that it needs, if any: only for settings that have it. plain: whether a weight of 1 is what Bayes says, for single draws, so that it needs no
+    tuning.
     """
 
     weights: tuple[float, ...]
@@ -76,6 +78,7 @@ class Method:
     fit: Callable[[Setting], Any] = lambda s: None
     priced: bool = False
     adapter: str | None = None
+    plain: bool = False
 
 
 def training_free(module: Any) -> Callable[[Setting, Any, float], Draw]:
@@ -172,16 +175,18 @@ def ours(particles: int) -> Callable[[Setting, Trained, float], Draw]:
 METHODS = {
     "base": Method((0,), lambda s, _, weight: lambda y, prompts, g: s.base.draw(prompts, g), priced=True),
     "exact draws": Method((1,), exact),
-    "CTRL": Method((1, 1.6, 2.5, 4), ours(1), lambda s: s.opened(RECIPE), priced=True, adapter=RECIPE),
+    "CTRL": Method((1, 1.6, 2.5, 4), ours(1), lambda s: s.opened(RECIPE), priced=True, adapter=RECIPE, plain=True),
     "CTRL, 8 particles": Method((1, 2.5, 4), ours(8), lambda s: s.opened(RECIPE), adapter=RECIPE),
-    "CTRL, trained longer": Method((1, 2, 4, 8), ours(1), lambda s: s.opened("longer"), priced=True, adapter="longer"),
-    "CTRL, control head": Method((1, 2, 4, 8, 12, 16), ours(1), lambda s: s.opened("head"), priced=True, adapter="head"),
+    "CTRL, trained longer": Method((1, 2, 4, 8), ours(1), lambda s: s.opened("longer"), priced=True, adapter="longer", plain=True),
+    "CTRL, control head": Method(
+        (1, 2, 4, 8, 12, 16), ours(1), lambda s: s.opened("head"), priced=True, adapter="head", plain=True
+    ),
     "CTRL, control head, 8 particles": Method((1, 2, 4), ours(8), lambda s: s.opened("head"), adapter="head"),
-    "CFG fine-tuning": Method((1, 2, 3, 5), with_cfg, fit_cfg),
-    "DPS": Method((0.25, 0.5, 1, 2, 4), training_free(dps), priced=True),
+    "CFG fine-tuning": Method((1, 2, 3, 5), with_cfg, fit_cfg, plain=True),
+    "DPS": Method((0.25, 0.5, 1, 2, 4), training_free(dps), priced=True, plain=True),
     "MPGD": Method((0.05, 0.1, 0.2, 0.4, 0.8, 1.6), training_free(mpgd)),
     "best of n": Method((2, 4, 8, 16), training_free(best_of_n)),
-    "classifier guidance": Method((0.5, 1, 2, 4, 8), with_noisy_classifier, fit_noisy_classifier, priced=True),
+    "classifier guidance": Method((0.5, 1, 2, 4, 8), with_noisy_classifier, fit_noisy_classifier, priced=True, plain=True),
     "DRaFT-K, no KL": Method((30, 60), by_rl(draft), priced=True),
     "DDPO, no KL": Method((30, 60), by_rl(ddpo), priced=True),
     "TDS": Method((0.25, 0.5, 1), with_tds),

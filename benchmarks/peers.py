@@ -6,7 +6,7 @@ A setting of experiments/peers.yaml and a seed are an adapter, which is trained 
 a method that is asked for needs that and none needs the recipe's): its classifier is everybody's p̂(y | x), its labelled images are what the trained
 baselines learn from. Every method's one number is tuned on `--validation` images
 a label, the same for all, twice: for the distance to the exact law (total variation), and for accuracy by the *classifier*, which is all that a
-user could do. The oracles judge only the finished table. One JSON a method in results/peers/SETTING-seedSEED/; what is there is not run again,
+user could do; of a method for which Bayes says 1 that value has a row too, `plain`, which needs no tuning. The oracles judge only the finished table. One JSON a method in results/peers/SETTING-seedSEED/; what is there is not run again,
 unless peer_methods.py now has other weights for it to try. `CTRL, trained longer` and `CTRL, control head` have adapters of their own, of the
 same classifier, in runs/peers/SETTING-SEED-longer and -head, for the settings under `variants` in that file. `exact draws` are base samples, resampled by p̂ as the exact law has it.
 
@@ -48,7 +48,7 @@ from diffusers_ctrl.labels import label_grid  # noqa: E402
 from digits_data import digit_oracle  # noqa: E402
 from evaluate import adapter_environment  # noqa: E402
 from likelihood import labelled_images, write_datasets  # noqa: E402
-from peer_methods import METHODS, RECIPE, Draw, Method, Setting, Trained  # noqa: E402
+from peer_methods import METHODS, PLAIN, RECIPE, Draw, Method, Setting, Trained  # noqa: E402
 from records import RESULTS, provenance, write_json  # noqa: E402
 from task import TaskConfig, attribute_oracle, parse_arguments  # noqa: E402
 
@@ -220,7 +220,7 @@ def priced(s: Setting, draw: Draw, per_label: int, seed: int) -> dict[str, float
 
 
 def tuned(s: Setting, method: Method, validation: int, bar: tqdm) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """{what it is best for: what was tried}: the weight that is best by distance and the most accurate by the classifier; and all."""
+    """{aim: what was tried}: `plain`, the weight of 1, where Bayes says so; the best by distance; the most accurate by the classifier. And all."""
     started = time.perf_counter()
     fitted, tried = method.fit(s), []
     fitting = fitted.seconds if isinstance(fitted, Trained) else time.perf_counter() - started
@@ -237,11 +237,10 @@ def tuned(s: Setting, method: Method, validation: int, bar: tqdm) -> tuple[dict[
         tried.append({"weight": weight, "tv": distance_to_law(s.reference, images), "classifier_accuracy": sum(right) / len(right)})
         tried[-1] |= {"draw": draw, "training": training}
         bar.set_postfix(weight=weight, tv=f"{tried[-1]['tv']:.3f}", accuracy=f"{tried[-1]['classifier_accuracy']:.3f}")
-    by_distance = min(tried, key=lambda one: one["tv"])
-    by_accuracy = max(tried, key=lambda one: one["classifier_accuracy"])
-    if by_distance is by_accuracy:
-        return {"both": by_distance}, tried
-    return {"distance": by_distance, "accuracy": by_accuracy}, tried
+    best = {"distance": min(tried, key=lambda one: one["tv"]), "accuracy": max(tried, key=lambda one: one["classifier_accuracy"])}
+    if method.plain and (plain := [one for one in tried if one["weight"] == 1]):
+        best[PLAIN] = plain[0]
+    return best, tried
 
 
 def base_seconds(s: Setting, n: int) -> float:
@@ -252,17 +251,19 @@ def base_seconds(s: Setting, n: int) -> float:
 
 
 def rows_of(s: Setting, name: str, outputs: int, validation: int, bar: tqdm) -> list[dict[str, Any]]:
-    """One row for each aim that another weight is best for."""
+    """One row for each weight that is best for something."""
     method, rows = METHODS[name], []
     best, tried = tuned(s, method, validation, bar)
-    for aim, chosen in best.items():
+    for chosen in tried:
+        if not (aims := sorted(aim for aim, one in best.items() if one is chosen)):
+            continue
         s.base.calls.clear()
         alike = min(BATCH, outputs)  # as many at a time as the method draws
         before, started = base_seconds(s, alike), time.perf_counter()
         s.base.calls.clear()
         images = draw_all(s, chosen["draw"], outputs, seed=2)
         seconds, count = time.perf_counter() - started, outputs * len(s.labels)
-        row = {"tuned_for": aim, "weight": chosen["weight"], **judge(s, images, seed=3)}
+        row = {"tuned_for": aims, "weight": chosen["weight"], **judge(s, images, seed=3)}
         row |= {f"{way}_calls": s.base.calls[way] / count for way in ("forward", "backward")}
         row["seconds_a_sample"] = seconds / count
         row["times_base"] = row["seconds_a_sample"] / ((before + base_seconds(s, alike)) / 2)
@@ -276,8 +277,10 @@ def rows_of(s: Setting, name: str, outputs: int, validation: int, bar: tqdm) -> 
 
 
 def has_tried(path: Path, method: str) -> bool:
-    """Whether a result is of the weights that are tried today."""
-    return [one["weight"] for one in json.loads(path.read_text())["rows"][0]["tried"]] == list(METHODS[method].weights)
+    """Whether a result is of the weights that are tried today, and has a plain row where the method has one."""
+    rows = json.loads(path.read_text())["rows"]
+    plain = any(PLAIN in row["tuned_for"] for row in rows)
+    return [one["weight"] for one in rows[0]["tried"]] == list(METHODS[method].weights) and plain >= METHODS[method].plain
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -323,7 +326,7 @@ def main(arguments: list[str] | None = None) -> None:
             write_json(path, {**about, "log_partition": s.reference.log_partition, "rows": rows, **provenance()})
             for row in rows:
                 bar.write(
-                    f"{method:20} {row['tuned_for']:9} {row['weight']:>6g}  accuracy {row['accuracy']:.3f} (worst {row['worst_label']:.2f}) "
+                    f"{method:20} {'+'.join(row['tuned_for']):17} {row['weight']:>6g}  accuracy {row['accuracy']:.3f} (worst {row['worst_label']:.2f}) "
                     f"digits {row['prompt_accuracy']:.3f}  TV {row['tv']:.3f}  MMD² {row['mmd2']:.4f}  gap "
                     f"{row.get('gap', float('nan')):.2f}  diversity {row['diversity']:.2f}  calls {row['forward_calls']:.0f}+"
                     f"{row['backward_calls']:.0f}  {row['seconds_a_sample']:.3f} s, {row['times_base']:.1f} times the base's"

@@ -9,20 +9,26 @@ from report_format import exact_draws, read, span, spread, table
 
 
 EDGE = "†"  # behind a value that is the largest of those tried
+AIMS = ("plain", "distance", "accuracy")
 EXACT = "exact draws"
 BACKWARD = ("MPGD",)  # through the classifier and the decoder, though not through the denoiser, which is what `calls` counts
 
 
-def method_rows(found: list[dict[str, Any]], method: str) -> list[tuple[str, list[dict[str, Any]]]]:
-    """(what it is tuned for, its rows over seeds): one for both aims where all seeds agree."""
+def aims_of(found: list[dict[str, Any]], method: str) -> dict[str, list[dict[str, Any]]]:
+    """Its rows over seeds by what they are for; an aim that some seed has no row for is left out."""
     own = [one for one in found if one["method"] == method]
-    aims = {
-        aim: [next(row for row in one["rows"] if row["tuned_for"] in (aim, "both")) for one in own]
-        for aim in ("distance", "accuracy")
-    }
-    if aims["distance"] == aims["accuracy"]:
-        return [("", aims["distance"])]
-    return list(aims.items())
+    aims = {aim: [row for one in own for row in one["rows"] if aim in row["tuned_for"]] for aim in AIMS}
+    return {aim: rows for aim, rows in aims.items() if len(rows) == len(own)}
+
+
+def method_rows(found: list[dict[str, Any]], method: str) -> list[tuple[str, list[dict[str, Any]]]]:
+    """(what they are for, its rows over seeds): one for several aims where all seeds agree, with no name where that is all aims."""
+    aims, lines = aims_of(found, method), []
+    for rows in aims.values():
+        names = [aim for aim, own in aims.items() if own == rows]
+        line = ("" if len(names) == len(aims) else ", ".join(names), rows)
+        lines += [line] if line not in lines else []
+    return lines
 
 
 def peers_table(setting: str) -> str:
@@ -90,8 +96,7 @@ def peers_short(setting: str = "stroke") -> str:
     """For the README: each method's accuracy where it is tuned for that, its distance where it is tuned for that, and what they cost."""
     found = [one for one in read("peers") if one["setting"] == setting]
     lines = []
-    rows_of = {method: dict(method_rows(found, method)) for method in {one["method"] for one in found} - {EXACT}}
-    aimed = {method: [rows.get(aim, rows.get("")) for aim in ("distance", "accuracy")] for method, rows in rows_of.items()}
+    aimed = {method: [aims_of(found, method)[aim] for aim in AIMS[1:]] for method in {one["method"] for one in found} - {EXACT}}
     for method in sorted(aimed, key=lambda name: (-statistics.mean(row["accuracy"] for row in aimed[name][1]), name)):
         near, sharp = aimed[method]
         gradients = any(row["backward_calls"] for row in near) or method in (*BACKWARD, "classifier guidance")

@@ -92,7 +92,8 @@ def test_one_json_a_method_and_none_twice(smoke):
     for path in paths:
         record = json.loads(path.read_text())
         (row,) = record["rows"]
-        assert record["method"] == path.stem and record["labels"] == 3 and row["tuned_for"] == "both"
+        assert record["method"] == path.stem and record["labels"] == 3
+        assert row["tuned_for"] == {"base": ["accuracy", "distance"], "CTRL": ["accuracy", "distance", "plain"]}[path.stem]
         assert row["worst_label"] == min(row["by_label"]) and len(row["by_label"]) == 3
         assert row["accuracy"] == pytest.approx(sum(row["by_label"]) / 3) and row["forward_calls"] == 4
         assert row["kl"] >= 0 and row["gap"] > -3 * row["gap_se"]
@@ -112,10 +113,28 @@ def test_the_weight_is_tuned_for_each_aim_by_its_own_figure(smoke, monkeypatch):
         def classifier(self, images, labels):
             return torch.zeros(len(images))
 
-    method = peers.Method((1.0, 2.0, 3.0), lambda s, fitted, weight: weight)
-    best, tried = peers.tuned(Made(), method, 4, peers.tqdm(disable=True))
-    assert [one["weight"] for one in tried] == [1.0, 2.0, 3.0]
-    assert best["both"]["weight"] == 1.0  # equally accurate: the first, which is also the nearest
+    weights = (1.0, 2.0, 3.0)
+    best, tried = peers.tuned(Made(), peers.Method(weights, lambda s, fitted, weight: weight), 4, peers.tqdm(disable=True))
+    assert [one["weight"] for one in tried] == list(weights)
+    assert best == {"distance": tried[0], "accuracy": tried[0]}  # equally accurate: the first, which is also the nearest
+    found[2.0], plain = (0.1, 0.9), peers.Method(weights, lambda s, fitted, weight: weight, plain=True)
+    best, tried = peers.tuned(Made(), plain, 4, peers.tqdm(disable=True))
+    assert best == {"plain": tried[0], "distance": tried[1], "accuracy": tried[0]}
+
+
+def test_results_without_a_plain_row_are_run_again(tmp_path):
+    weights = peers.METHODS["DPS"].weights
+    for name, aims, weight, done in (
+        ("new", ["plain", "distance"], 1, True),
+        ("old", ["distance"], 1, False),
+        ("other", ["plain"], 2, False),
+    ):
+        tried = [{"weight": one * weight} for one in weights]
+        (tmp_path / name).write_text(json.dumps({"rows": [{"tuned_for": aims, "tried": tried}]}))
+        assert peers.has_tried(tmp_path / name, "DPS") == done
+    tried = [{"weight": one} for one in peers.METHODS["best of n"].weights]
+    (tmp_path / "best").write_text(json.dumps({"rows": [{"tuned_for": ["distance"], "tried": tried}]}))
+    assert peers.has_tried(tmp_path / "best", "best of n")
 
 
 # -- report --
@@ -136,13 +155,20 @@ def test_seeds_are_put_together():
     def one(seed, rows):
         return {"method": "m", "seed": seed, "rows": rows}
 
-    near, sharp = {"tuned_for": "distance", "weight": 1}, {"tuned_for": "accuracy", "weight": 4}
-    both = {"tuned_for": "both", "weight": 2}
+    near, sharp = {"tuned_for": ["distance"], "weight": 1}, {"tuned_for": ["accuracy"], "weight": 4}
+    both = {"tuned_for": ["distance", "accuracy"], "weight": 2}
+    plain = {"tuned_for": ["plain", "distance"], "weight": 1}
     assert report_peers.method_rows([one(0, [near, sharp]), one(1, [both])], "m") == [
         ("distance", [near, both]),
         ("accuracy", [sharp, both]),
     ]
     assert report_peers.method_rows([one(0, [both])], "m") == [("", [both])]
+    assert report_peers.method_rows([one(0, [plain, sharp])], "m") == [("plain, distance", [plain]), ("accuracy", [sharp])]
+    # a row that only some seeds have is none of the table's
+    assert report_peers.method_rows([one(0, [plain, sharp]), one(1, [both])], "m") == [
+        ("distance", [plain, both]),
+        ("accuracy", [sharp, both]),
+    ]
     assert report_format.spread([1.0, 3.0], 1) == "2.0 ± 1.0" and report_format.spread([1.0], 1, [0.25]) == "1.0 ± 0.2"
     assert report_format.spread([1.0, 1.0], 2, [0.3, 0.4]) == "1.00 ± 0.25" and report_format.spread([1.0], 1) == "1.0"
     assert report_format.spread([1.0, 3.0], 1, [0.1, None]) == "2.0 ± 1.0"

@@ -160,8 +160,8 @@ def critic_reach() -> str:
 
 
 def step_time() -> str:
-    """A table for each run of step_time.py that is kept: all rows, and later ones with the rows that they are compared with."""
-    paths = sorted(RESULTS.glob("step_time_tiny*.json"))
+    """A table for each run of step_time.py that is kept: all rows, and later ones with the rows that they are compared with; GPUs last."""
+    paths = sorted(RESULTS.glob("step_time_*.json"), key=lambda path: (not path.name.startswith("step_time_tiny"), path.name))
     return "\n\n".join(_step_time(json.loads(path.read_text())) for path in paths) or "Not run yet."
 
 
@@ -177,14 +177,19 @@ def _step_time(record: dict[str, Any]) -> str:
         span = f" ({found[0]:.{digits}f}–{found[-1]:.{digits}f})" if len(found) > 1 and row["name"] != other else ""
         return f"{statistics.median(found):.{digits}f}{span}"
 
+    counted = any("tflop" in row for row in record["rows"])
     columns = [("mib", 0), ("memory_over_official", 2), ("rows", 0), ("optimizer_steps", 0), ("optimizer_step_over_official", 2)]
+    columns += [("tflop", 2), ("tflops", 1), ("over_matmul", 2)] if counted else []
     for row in sorted(record["rows"], key=lambda row: row["steps"]):
         cells = [f"{row['seconds']:.2f}", ratio(row, "official", 2), ratio(row, "sampling", 1)]
         cells += [f"{row[key]:.{digits}f}" if key in row else "–" for key, digits in columns]
         lines.append([row["name"], str(row["steps"]), *cells, str(len(row["rounds"]))])
     header = ["one update", "K", "seconds", "/ official", "/ sampling", "MiB above the model", "/ official", "U-Net rows"]
-    header += ["optimizer steps", "seconds a step / official", "rounds"]
-    about = f"{record['threads']} threads, medians (range) over rounds of the median of {record['repeats']} updates, commit {record['commit'][:7]}."
+    header += ["optimizer steps", "seconds a step / official"]
+    header += [*(["TFLOP", "TFLOP/s", "/ matmul"] if counted else []), "rounds"]
+    where = f"{record['threads']} threads" if record.get("device", "cpu") == "cpu" else f"{record['size']} on {record['device']}"
+    about = f"{where}, {record.get('dtype', 'float32')}, medians (range) over rounds of the median of {record['repeats']} updates, commit {record['commit'][:7]}."
+    about += f" A large matrix product: {record['matmul_tflops']:.1f} TFLOP/s." if counted else ""
     return table(header, lines) + "\n\n" + about
 
 

@@ -1,10 +1,11 @@
 """What one update costs: the official algorithm, our objectives, and sampling alone, on the same random-weight Stable Diffusion.
 
     python benchmarks/step_time.py [--size tiny] [--steps 20 50] [--threads 2] [--rounds 3] [--only NAME …] [--output FILE] [--smoke]
+    python benchmarks/step_time.py --size sd15 --device cuda --dtype bfloat16     # or sdxl: the published shapes, random weights
 
-Batch 4, guidance 7.5, float32, LoRA of rank 16 on the attention's projections, a reward by a small classifier of the decoded images. Each
-row runs in a process of its own: two updates to warm up, then `--repeats` that are timed; all rows once, then all again, `--rounds` times, so that
-a slow minute of the machine meets all of them. Medians over rounds of the median update; ratios are taken within a round.
+Batch 4, guidance 7.5, LoRA of rank 16 on the attention's projections, a reward by a small classifier of the decoded images. Each
+row runs in a process of its own: two updates to warm up, then `--repeats` that are timed, of which the median counts (of two the faster); all rows once, then all again, `--rounds` times, so that
+a slow minute of the machine meets all of them. Medians over rounds; ratios are taken within a round.
 
 - seconds: of one update, that is of one batch of trajectories. CPU s: what its process computed meanwhile, on all its threads: other people's
   jobs disturb it less.
@@ -14,10 +15,14 @@ a slow minute of the machine meets all of them. Medians over rounds of the media
 - control head: alone, of width 512 (`lora_rank: 0`), in place of LoRA.
 - channels last, compiled: the same update or sampling with the U-Net's convolutions so, or with `unet.compile()`; first_seconds, of the first warm-up,
   are what compiling costs, with nothing of it on the disk yet.
-- MiB: the process's peak above what it had before its first update. rows: samples that the U-Nets were called with, recomputation included.
+- MiB: the process's peak above what it had before its first update; on a GPU, what it had allocated there. rows: samples that the U-Nets were called
+  with, recomputation included.
+- TFLOP: of one update, as torch's FlopCounterMode counts matrix products, convolutions and attention; of rows that are not compiled. TFLOP/s: these over
+  the seconds; / matmul: that over what a large matrix product of the same type reaches on the same device, measured before the first row.
+- bfloat16: the frozen networks and the states are so, LoRA and what else is trained are float32, under accelerate's autocast.
 
 `official` is the algorithm of official.py. `sampling` is one batch of trajectories of the tuned model, without gradient: the floor of any method that
-learns from its own samples. Writes results/step_time_SIZE.json after each process, and goes on from there when it is called again on the same
+learns from its own samples. Writes results/step_time_SIZE.json, on a GPU step_time_SIZE_CARD.json, after each process, and goes on from there when it is called again on the same
 commit with the same settings. `--smoke` is a look at three rows and 7 steps, for which `--output` must be given.
 """
 
@@ -37,6 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm.auto import tqdm
 
 
@@ -84,20 +90,27 @@ ROWS: dict[str, dict[str, Any]] = {
     "sampling, compiled": {"compiled": True},
 }
 SMOKE = ("official", "adjoint_matching (default)", "sampling")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def update_of(row: str, size_name: str, steps: int, folder: str) -> tuple[Callable[[], Any], torch.nn.Module, Any]:
-    """A function that does one update, the U-Net whose calls and the optimizer whose steps are to be counted."""
+def update_of(
+    row: str, size_name: str, steps: int, folder: str, device: str = "cpu", dtype: str = "float32"
+) -> tuple[Callable[[], Any], torch.nn.Module, Any, torch.Generator]:
+    """A function that does one update, the U-Net whose calls and the optimizer whose steps are to be counted, and what decides where the official
+    algorithm truncates."""
     size = SIZES[size_name]
     torch.manual_seed(0)
-    unet, vae = random_unet(size), random_vae(size)
-    classifier = Classifier(SPACE.to_dict(), image_size=16, widths=(8, 16)).requires_grad_(False).eval()
-    prompts, null = random_embeds(size, 8)
+    with torch.device(device):
+        # torch's `to`: diffusers' own warns of layers that are to stay in float32 even where there are none
+        unet, vae = (torch.nn.Module.to(network, DTYPES[dtype]) for network in (random_unet(size), random_vae(size)))
+        classifier = Classifier(SPACE.to_dict(), image_size=16, widths=(8, 16)).requires_grad_(False).eval()
+    prompts, null = (embeds.to(DTYPES[dtype]) for embeds in random_embeds(size, 8))
     settings = {"batch_size": 4, "checkpointing": row != "official", "merge_lora": True}
     settings |= {k: max(1, round(steps * v)) if isinstance(v, float) else v for k, v in ROWS[row].items()}
     if settings.pop("channels_last", False):
         unet.to(memory_format=torch.channels_last)
     compiled = settings.pop("compiled", False)
+    settings |= {} if dtype == "float32" else {"mixed_precision": "bf16"}
     config = CTRLConfig(output_dir=folder, num_inference_steps=steps, guidance_scale=GUIDANCE, report_to="none", **settings)
     policy = Policy(
         unet,
@@ -129,35 +142,90 @@ def update_of(row: str, size_name: str, steps: int, folder: str) -> tuple[Callab
 
         def sampling() -> None:
             batch = environment.draw(config.batch_size, generator)
-            with torch.no_grad(), policy.merged():
+            with torch.no_grad(), policy.merged(), trainer.accelerator.autocast():
                 rollout(policy, environment.sampler, batch, generator, reference=False)
 
-        return sampling, unet, trainer.optimizer
+        return sampling, unet, trainer.optimizer, generator
     if row != "official":
-        return trainer._step, unet, trainer.optimizer
+        return trainer._step, unet, trainer.optimizer, generator
     reference = reference_unet(unet)
     reference.conv_in.register_forward_pre_hook(lambda _, given: unet.conv_in.count(given))
 
     def official() -> None:
         batch = environment.draw(config.batch_size, generator)
-        loss = official_loss(
-            policy, reference, environment.sampler, batch, environment.log_likelihood, GUIDANCE, kl_weight=1.0, generator=generator
-        )
+        with trainer.accelerator.autocast():
+            loss = official_loss(
+                policy,
+                reference,
+                environment.sampler,
+                batch,
+                environment.log_likelihood,
+                GUIDANCE,
+                kl_weight=1.0,
+                generator=generator,
+            )
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for group in policy.trainable_parameters().values() for p in group], 1.0)
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
 
-    return official, unet, trainer.optimizer
+    return official, unet, trainer.optimizer, generator
 
 
-def worker(row: str, size: str, steps: int, repeats: int) -> dict[str, float]:
+class Memory:
+    """The most that the process takes from here on, above what it has: of the GPU's memory, or resident."""
+
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device) / 2**20
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+            self.before = resident_mib()
+
+    def mib(self) -> float:
+        most = torch.cuda.max_memory_allocated(self.device) / 2**20 if self.device.type == "cuda" else resident_mib("VmHWM")
+        return most - self.before
+
+
+def counter_of_flops() -> FlopCounterMode:
+    """torch's own, which does not know the attention that it runs on a CPU."""
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    known = {
+        attention: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value),
+        backward: lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(grad, query, key, value),
+    }
+    return FlopCounterMode(display=False, custom_mapping=known)
+
+
+def finished(device: str) -> float:
+    """The time, once the device has done what it was given."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def matmul_tflops(device: str, dtype: str, seconds: float = 1.0) -> float:
+    """TFLOP/s of a large matrix product, the best of those that fit into so many seconds."""
+    n = 8192 if torch.device(device).type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=DTYPES[dtype]) for _ in range(2))
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        started = finished(device)
+        a @ b
+        best = min(best, finished(device) - started)
+    return 2 * n**3 / best / 1e12
+
+
+def worker(row: str, size: str, steps: int, repeats: int, device: str, dtype: str) -> dict[str, float]:
     warnings.filterwarnings("ignore")
     rows, optimizer_steps = [0], [0]
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # else the rest would run as it is, unseen
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
-        update, unet, optimizer = update_of(row, size, steps, folder)
+        update, unet, optimizer, generator = update_of(row, size, steps, folder, device, dtype)
 
         def count(given: tuple[torch.Tensor, ...]) -> None:
             rows[0] += len(given[0])
@@ -169,32 +237,40 @@ def worker(row: str, size: str, steps: int, repeats: int) -> dict[str, float]:
             unet._compiled_call_impl = lambda *given, **named: (count(given), compiled(*given, **named))[1]
         take = optimizer.step
         optimizer.step = lambda: (optimizer_steps.__setitem__(0, optimizer_steps[0] + 1), take())
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        before = resident_mib()
-        started = time.perf_counter()
+        memory, started = Memory(device), finished(device)
         update()
-        first = time.perf_counter() - started
+        first = finished(device) - started
         update()
-        rows[0], optimizer_steps[0], seconds, cpu_seconds = 0, 0, [], []
+        rows[0], optimizer_steps[0], seconds, cpu_seconds, states = 0, 0, [], [], []
         for _ in range(repeats):
-            started, computed = time.perf_counter(), time.process_time()
+            states.append(generator.get_state())
+            started, computed = finished(device), time.process_time()
             update()
-            seconds.append(time.perf_counter() - started)
+            seconds.append(finished(device) - started)
             cpu_seconds.append(time.process_time() - computed)
-    return {
-        "first_seconds": first,
-        "seconds": statistics.median(seconds),
-        "cpu_seconds": statistics.median(cpu_seconds),
-        "mib": resident_mib("VmHWM") - before,
-        "rows": rows[0] / repeats,
-        "optimizer_steps": optimizer_steps[0] / repeats,
-    }
+        median = statistics.median_low(seconds)
+        found = {
+            "first_seconds": first,
+            "seconds": median,
+            "cpu_seconds": statistics.median(cpu_seconds),
+            "mib": memory.mib(),
+            "rows": rows[0] / repeats,
+            "optimizer_steps": optimizer_steps[0] / repeats,
+        }
+        if compiled is None:
+            generator.set_state(states[seconds.index(median)])  # the same update again, truncated where that was
+            with counter_of_flops() as counter:
+                update()
+            found["tflop"] = counter.get_total_flops() / 1e12
+    return found
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), default="tiny")
     parser.add_argument("--steps", type=int, nargs="+", default=[20, 50])
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3)
@@ -205,29 +281,43 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.worker:
         torch.set_num_threads(args.threads)
-        print(json.dumps(worker(args.worker, args.size, args.steps[0], args.repeats)))
+        print(json.dumps(worker(args.worker, args.size, args.steps[0], args.repeats, args.device, args.dtype)))
         return
     if args.smoke:
         if args.output is None:
             parser.error("--smoke needs --output: it is no result to keep beside the others.")
         args.steps, args.rounds, args.repeats, args.only = [7], 1, 1, list(SMOKE)
-    output = args.output or RESULTS / f"step_time_{args.size}.json"
+    on_gpu = torch.device(args.device).type == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: torch finds no GPU here.")
+    card = torch.cuda.get_device_name(args.device) if on_gpu else "cpu"
+    output = args.output or RESULTS / f"step_time_{args.size}{'_' + card.replace(' ', '-') if on_gpu else ''}.json"
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "TQDM_DISABLE": "1"}
-    record = {"size": args.size, "threads": args.threads, "repeats": args.repeats, **provenance()}
+    environment |= {} if on_gpu else {"ACCELERATE_USE_CPU": "true"}  # else the trainer takes a GPU that is there
+    record = {
+        "size": args.size,
+        "device": card,
+        "dtype": args.dtype,
+        "threads": args.threads,
+        "repeats": args.repeats,
+        **provenance(),
+    }
     found = earlier(output, record)
     todo = [(number, steps, row) for number in range(args.rounds) for steps in args.steps for row in args.only]
     todo = [(number, steps, row) for number, steps, row in todo if number >= len(found.get((steps, row), []))]
+    torch.set_num_threads(args.threads)
+    matmul = {"matmul_tflops": matmul_tflops(args.device, args.dtype)}
     bar = tqdm(todo, unit="process")
     for _, steps, row in bar:
         bar.set_description(f"{row}, {steps} steps")
         command = [sys.executable, __file__, "--worker", row, "--size", args.size, "--steps", str(steps)]
-        command += ["--threads", str(args.threads), "--repeats", str(args.repeats)]
+        command += ["--threads", str(args.threads), "--repeats", str(args.repeats), "--device", args.device, "--dtype", args.dtype]
         run = subprocess.run(command, env=environment, capture_output=True, text=True)
         if run.returncode:
             raise SystemExit(f"{row}: {run.stderr[-2000:]}")
         found.setdefault((steps, row), []).append(json.loads(run.stdout.splitlines()[-1]))
-        write_json(output, record | {"rows": summary(found)})
-    show(summary(found))
+        write_json(output, record | matmul | {"rows": summary(found, **matmul)})
+    show(summary(found, **matmul))
 
 
 def earlier(output: Path, record: dict[str, Any]) -> dict[tuple[int, str], list[dict[str, float]]]:
@@ -240,13 +330,16 @@ def earlier(output: Path, record: dict[str, Any]) -> dict[tuple[int, str], list[
     return {(row["steps"], row["name"]): row["rounds"] for row in before["rows"] if "rounds" in row}
 
 
-def summary(found: dict[tuple[int, str], list[dict[str, float]]]) -> list[dict[str, Any]]:
-    """The table's rows; ratios to the official algorithm and to sampling, within each round."""
+def summary(found: dict[tuple[int, str], list[dict[str, float]]], matmul_tflops: float) -> list[dict[str, Any]]:
+    """The table's rows; ratios to the official algorithm and to sampling, within each round; TFLOP/s over those of a matrix product."""
     rows = []
     for (steps, name), rounds in found.items():
         row: dict[str, Any] = {"name": name, "steps": steps}
         row |= {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
         row["seconds_an_optimizer_step"] = row["seconds"] / max(1.0, row["optimizer_steps"])
+        if "tflop" in row:
+            row["tflops"] = row["tflop"] / row["seconds"]
+            row["over_matmul"] = row["tflops"] / matmul_tflops
         row["seconds_range"] = [min(one["seconds"] for one in rounds), max(one["seconds"] for one in rounds)]
         for what, other, key in (
             ("time_over_official", "official", "seconds"),
@@ -275,6 +368,8 @@ COLUMNS = {
     "mib": "MiB",
     "memory_over_official": "MiB /off.",
     "rows": "rows",
+    "tflop": "TFLOP",
+    "over_matmul": "/ matmul",
 }
 
 

@@ -1,0 +1,117 @@
+"""What benchmarks/step_time.py measures: the shapes of the published models, the operations of an update, bfloat16."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import step_time  # noqa: E402
+from random_sd import SIZES, random_unet, random_vae  # noqa: E402
+
+import report_tables  # noqa: E402
+
+
+# diffusers' own counts of the published checkpoints; SDXL's less the two layers of what it is told of pooled text and picture sizes
+SDXL_TOLD = (2816 * 1280 + 1280) + (1280 * 1280 + 1280)
+PUBLISHED = {"sd15": 859_520_964, "sdxl": 2_567_463_684 - SDXL_TOLD}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_shapes(name):
+    with torch.device("meta"):
+        unet, vae = random_unet(SIZES[name]), random_vae(SIZES[name])
+        x = torch.empty(1, 4, SIZES[name].side, SIZES[name].side)
+        text = torch.empty(1, SIZES[name].text_length, SIZES[name].text_width)
+        assert unet(x, 1, encoder_hidden_states=text).sample.shape == x.shape
+        assert vae.decode(x[..., :8, :8]).sample.shape == (1, 3, 64, 64)
+    assert sum(p.numel() for p in unet.parameters()) == PUBLISHED[name]
+    assert sum(p.numel() for p in vae.parameters()) == 83_653_863
+
+
+@pytest.mark.parametrize("size", [(2, 8, 256, 77, 4), (1, 2, 16, 16, 8)])
+def test_attention_is_counted(size):
+    """Two products of (queries x keys x width) forward; with the two computed again, five of that size backward, as torch counts it on a GPU."""
+    batch, heads, queries, keys, width = size
+    q = torch.randn(batch, heads, queries, width, requires_grad=True)
+    k, v = (torch.randn(batch, heads, keys, width, requires_grad=True) for _ in range(2))
+    one = 2 * batch * heads * queries * keys * width
+    with step_time.counter_of_flops() as forward:
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    with step_time.counter_of_flops() as backward:
+        out.sum().backward()
+    assert forward.get_total_flops() == 2 * one and backward.get_total_flops() == 5 * one
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("tiny", "float32"), ("narrow sdxl", "bfloat16")])
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_an_update_is_measured(name, dtype, monkeypatch):
+    """Sampling's operations are those of its calls, and an update of ours has those and more."""
+    narrow = {
+        "widths": (32, 32, 64),
+        "heads": (2, 2, 4),
+        "groups": 16,
+        "text_width": 32,
+        "depths": (1, 2, 3),
+        "vae_widths": (16, 32),
+        "vae_groups": 8,
+    }
+    monkeypatch.setitem(SIZES, "narrow sdxl", replace(SIZES["sdxl"], side=8, **narrow))
+    steps, size = 4, SIZES[name]
+    sampling, default = (step_time.worker(row, name, steps, 1, "cpu", dtype) for row in ("sampling", "adjoint_matching (default)"))
+    assert sampling["rows"] == 8 * steps and sampling["optimizer_steps"] == 0
+    assert default["rows"] > sampling["rows"] and default["optimizer_steps"] == 1
+    with torch.no_grad(), step_time.counter_of_flops() as counter:
+        x, text = torch.randn(8, 4, size.side, size.side), torch.randn(8, size.text_length, size.text_width)
+        random_unet(size)(x, 1, encoder_hidden_states=text)
+    assert sampling["tflop"] * 1e12 == pytest.approx(steps * counter.get_total_flops(), rel=0.02)  # and of merging LoRA
+    assert default["tflop"] > 1.2 * sampling["tflop"]
+    assert all(one["seconds"] > 0 and one["mib"] >= 0 for one in (sampling, default))
+
+
+def test_the_operations_counted_are_of_the_update_that_was_timed():
+    """The official algorithm truncates at random: of 4 steps it differentiates another number in each update."""
+    update, unet, _, generator = step_time.update_of("official", "tiny", 4, "unused")
+    unet.conv_in.count = lambda given: None
+
+    def operations():
+        with step_time.counter_of_flops() as counter:
+            update()
+        return counter.get_total_flops()
+
+    states, found = [], []
+    for _ in range(2):
+        states.append(generator.get_state())
+        found.append(operations())
+    generator.set_state(states[0])
+    assert len(set(found)) > 1 and operations() == found[0]
+
+
+def test_a_gpu_that_is_not_there(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        step_time.main(["--device", "cuda"])
+    assert "finds no GPU here" in capsys.readouterr().err
+
+
+def test_the_table_of_a_gpu():
+    """TFLOP/s of the median update over those of the matrix product; the card's name under the table; a compiled row has no operations."""
+    one = {
+        "first_seconds": 9.0,
+        "seconds": 2.0,
+        "cpu_seconds": 1.0,
+        "mib": 100.0,
+        "rows": 10.0,
+        "optimizer_steps": 1.0,
+        "tflop": 500.0,
+    }
+    bare = {key: value for key, value in one.items() if key != "tflop"} | {"seconds": 1.0}
+    rows = step_time.summary({(20, "official"): [one], (20, "adjoint_matching (default), compiled"): [bare]}, 1000.0)
+    assert rows[0]["tflops"] == 250 and rows[0]["over_matmul"] == 0.25 and rows[1]["time_over_official"] == 0.5
+    record = {"size": "sd15", "device": "Some Card", "dtype": "bfloat16", "threads": 2, "repeats": 3, "matmul_tflops": 1000.0}
+    table = report_tables._step_time({**record, "commit": "abcdef012", "rows": rows})
+    assert "500.00 | 250.0 | 0.25 | 1 |" in table and "| – | – | – | 1 |" in table
+    assert "sd15 on Some Card, bfloat16" in table and "1000.0 TFLOP/s" in table

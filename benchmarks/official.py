@@ -43,8 +43,11 @@ def official_terms(
     log_likelihood: LogLikelihood,
     guidance_scale: float,
     generator: torch.Generator,
+    noise: RandomSource = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log p̂ (B,) in nats, and the KL over the batch, a mean over dimensions; truncated at random. The policy has guidance_scale 1.
+
+    generator: on the CPU, decides what is truncated, and is the steps' noise too where there is no `noise`.
 
     Two liberties. At guidance_scale 1 the empty prompt cancels out, and is not called: that code would, at twice the cost. A step without
     noise, where its KL would be divided by zero, is taken with the reference, as the library does it.
@@ -77,7 +80,7 @@ def official_terms(
             x = own.mean
             continue
         kl = kl + taken.kl(own).mean() / x[0].numel()
-        x = taken.sample(generator)
+        x = taken.sample(generator if noise is None else noise)
     return log_likelihood(x, batch.labels), kl
 
 
@@ -90,9 +93,10 @@ def official_loss(
     guidance_scale: float,
     kl_weight: float,
     generator: torch.Generator,
+    noise: RandomSource = None,
 ) -> torch.Tensor:
     """−reward + kl_weight · KL of `official_terms`. The authors' kl_weight is 0.1 (0.01 beside a reward coefficient of 0.1)."""
-    reward, kl = official_terms(policy, reference, sampler, batch, log_likelihood, guidance_scale, generator)
+    reward, kl = official_terms(policy, reference, sampler, batch, log_likelihood, guidance_scale, generator, noise)
     return kl_weight * kl - reward.mean()
 
 

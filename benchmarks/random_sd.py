@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -11,7 +12,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 @dataclass(frozen=True)
 class Size:
     """side: of the latents. heads, depths: of the attention of each width. plain: which block has none. The autoencoder doubles the side once for each of
-    its widths but the first."""
+    its widths but the first; so many latents are decoded at a time where a reward is differentiated (None: all)."""
 
     side: int
     widths: tuple[int, ...]
@@ -27,9 +28,11 @@ class Size:
     vae_layers: int = 1
     vae_groups: int = 8
     vae_attention: bool = False
+    reward_batch: int | None = None
 
 
-_PUBLISHED_VAE = {"vae_widths": (128, 256, 512, 512), "vae_layers": 2, "vae_groups": 32, "vae_attention": True}
+_PUBLISHED_VAE: dict[str, Any] = {"vae_widths": (128, 256, 512, 512), "vae_layers": 2, "vae_groups": 32, "vae_attention": True}
+_PUBLISHED_VAE["reward_batch"] = 1  # four pictures' activations would be most of an update's memory, whatever the objective
 SIZES = {
     "tiny": Size(16, (32, 64, 64), 1, (8,) * 3, (1,) * 3),  # 1.5 million weights
     "small": Size(32, (64, 128, 256), 2, (8,) * 3, (1,) * 3),  # 17.6 million

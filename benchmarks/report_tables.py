@@ -161,8 +161,8 @@ def critic_reach() -> str:
 
 def step_time() -> str:
     """A table for each run of step_time.py that is kept: all rows, and later ones with the rows that they are compared with; GPUs last."""
-    paths = sorted(RESULTS.glob("step_time_*.json"), key=lambda path: (not path.name.startswith("step_time_tiny"), path.name))
-    return "\n\n".join(_step_time(json.loads(path.read_text())) for path in paths) or "Not run yet."
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("step_time_*.json"))]
+    return "\n\n".join(map(_step_time, sorted(found, key=lambda record: record.get("device", "cpu") != "cpu"))) or "Not run yet."
 
 
 def _step_time(record: dict[str, Any]) -> str:
@@ -187,8 +187,9 @@ def _step_time(record: dict[str, Any]) -> str:
     header = ["one update", "K", "seconds", "/ official", "/ sampling", "MiB above the model", "/ official", "U-Net rows"]
     header += ["optimizer steps", "seconds a step / official"]
     header += [*(["TFLOP", "TFLOP/s", "/ matmul"] if counted else []), "rounds"]
-    where = f"{record['threads']} threads" if record.get("device", "cpu") == "cpu" else f"{record['size']} on {record['device']}"
-    about = f"{where}, {record.get('dtype', 'float32')}, medians (range) over rounds of the median of {record['repeats']} updates, commit {record['commit'][:7]}."
+    device = record.get("device", "cpu")
+    where = f"{record['threads']} threads" if device == "cpu" else device
+    about = f"Size {record['size']}, {where}, {record.get('dtype', 'float32')}, medians (range) over rounds of the median of {record['repeats']} updates, commit {record['commit'][:7]}."
     about += f" A large matrix product: {record['matmul_tflops']:.1f} TFLOP/s." if counted else ""
     return table(header, lines) + "\n\n" + about
 

@@ -1,9 +1,9 @@
 """What one update costs: the official algorithm, our objectives, and sampling alone, on the same random-weight Stable Diffusion.
 
     python benchmarks/step_time.py [--size tiny] [--steps 20 50] [--threads 2] [--rounds 3] [--only NAME …] [--output FILE] [--smoke]
-    python benchmarks/step_time.py --size sd15 --device cuda --dtype bfloat16     # or sdxl: the published shapes, random weights
+    python benchmarks/step_time.py --size sd15 --device cuda --dtype bfloat16 --only official sampling "adjoint_matching (default)"     # or sdxl
 
-Batch 4, guidance 7.5, LoRA of rank 16 on the attention's projections, a reward by a small classifier of the decoded images. Each
+Batch 4, guidance 7.5, LoRA of rank 16 (in our rows merged once an update, where the base is float32) on the attention's projections, a reward by a small classifier of the decoded images. Each
 row runs in a process of its own: two updates to warm up, then `--repeats` that are timed, of which the median counts (of two the faster); all rows once, then all again, `--rounds` times, so that
 a slow minute of the machine meets all of them. Medians over rounds; ratios are taken within a round.
 
@@ -18,11 +18,14 @@ a slow minute of the machine meets all of them. Medians over rounds; ratios are 
 - MiB: the process's peak above what it had before its first update; on a GPU, what it had allocated there. rows: samples that the U-Nets were called
   with, recomputation included.
 - TFLOP: of one update, as torch's FlopCounterMode counts matrix products, convolutions and attention; of rows that are not compiled. TFLOP/s: these over
-  the seconds; / matmul: that over what a large matrix product of the same type reaches on the same device, measured before the first row.
-- bfloat16: the frozen networks and the states are so, LoRA and what else is trained are float32, under accelerate's autocast.
+  the seconds of the update counted, the median over rounds; / matmul: that over what a large matrix product of the same type reaches on the same device, measured before the first row.
+- bfloat16: the frozen networks and the states are so, LoRA and what else is trained are float32, under accelerate's autocast; so is sampling, which is
+  then the trainer's, not a pipeline's.
+- On a GPU "CPU s" is mostly waiting. Another than its first is chosen by CUDA_VISIBLE_DEVICES.
 
 `official` is the algorithm of official.py. `sampling` is one batch of trajectories of the tuned model, without gradient: the floor of any method that
-learns from its own samples. Writes results/step_time_SIZE.json, on a GPU step_time_SIZE_CARD.json, after each process, and goes on from there when it is called again on the same
+learns from its own samples. A row that fails, as on a card that is too small, is named at the end, and the others are run. Writes
+results/step_time_SIZE.json, with dtype and card in the name where they are others than float32 and a CPU, after each process, and goes on from there when it is called again on the same
 commit with the same settings. `--smoke` is a look at three rows and 7 steps, for which `--output` must be given.
 """
 
@@ -42,19 +45,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm.auto import tqdm
 
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
+from devices import DTYPES, Memory, counter_of_flops, finished, matmul_tflops  # noqa: E402
 from official import official_loss, reference_unet  # noqa: E402
 from random_sd import SIZES, ddim, random_embeds, random_unet, random_vae  # noqa: E402
 
 from diffusers_ctrl import Categorical, Classifier, CTRLConfig, CTRLTrainer, LabelSpace, Policy  # noqa: E402
 from diffusers_ctrl.rewards import classifier_reward  # noqa: E402
 from diffusers_ctrl.rollouts import rollout  # noqa: E402
-from records import RESULTS, provenance, resident_mib, write_json  # noqa: E402
+from records import RESULTS, provenance, write_json  # noqa: E402
 
 
 GUIDANCE = 7.5
@@ -90,7 +93,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "sampling, compiled": {"compiled": True},
 }
 SMOKE = ("official", "adjoint_matching (default)", "sampling")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def update_of(
@@ -105,7 +107,9 @@ def update_of(
         unet, vae = (torch.nn.Module.to(network, DTYPES[dtype]) for network in (random_unet(size), random_vae(size)))
         classifier = Classifier(SPACE.to_dict(), image_size=16, widths=(8, 16)).requires_grad_(False).eval()
     prompts, null = (embeds.to(DTYPES[dtype]) for embeds in random_embeds(size, 8))
-    settings = {"batch_size": 4, "checkpointing": row != "official", "merge_lora": True}
+    # merged in half precision, W + BA would round BA away
+    settings = {"batch_size": 4, "checkpointing": row != "official", "merge_lora": dtype == "float32"}
+    settings |= {"reward_batch_size": size.reward_batch}
     settings |= {k: max(1, round(steps * v)) if isinstance(v, float) else v for k, v in ROWS[row].items()}
     if settings.pop("channels_last", False):
         unet.to(memory_format=torch.channels_last)
@@ -136,14 +140,15 @@ def update_of(
         null_embeds=null,
     )
     environment, generator = trainer.environment, torch.Generator().manual_seed(0)
+    noise = generator if device == "cpu" else torch.Generator(device).manual_seed(0)
     if compiled:
         unet.compile()
     if row.startswith("sampling"):
 
         def sampling() -> None:
-            batch = environment.draw(config.batch_size, generator)
-            with torch.no_grad(), policy.merged(), trainer.accelerator.autocast():
-                rollout(policy, environment.sampler, batch, generator, reference=False)
+            batch = environment.draw(config.batch_size, noise)
+            with torch.no_grad(), policy.merged(config.merge_lora), trainer.accelerator.autocast():
+                rollout(policy, environment.sampler, batch, noise, reference=False)
 
         return sampling, unet, trainer.optimizer, generator
     if row != "official":
@@ -152,7 +157,7 @@ def update_of(
     reference.conv_in.register_forward_pre_hook(lambda _, given: unet.conv_in.count(given))
 
     def official() -> None:
-        batch = environment.draw(config.batch_size, generator)
+        batch = environment.draw(config.batch_size, noise)
         with trainer.accelerator.autocast():
             loss = official_loss(
                 policy,
@@ -172,57 +177,11 @@ def update_of(
     return official, unet, trainer.optimizer, generator
 
 
-class Memory:
-    """The most that the process takes from here on, above what it has: of the GPU's memory, or resident."""
-
-    def __init__(self, device: str) -> None:
-        self.device = torch.device(device)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self.before = torch.cuda.memory_allocated(self.device) / 2**20
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-            self.before = resident_mib()
-
-    def mib(self) -> float:
-        most = torch.cuda.max_memory_allocated(self.device) / 2**20 if self.device.type == "cuda" else resident_mib("VmHWM")
-        return most - self.before
-
-
-def counter_of_flops() -> FlopCounterMode:
-    """torch's own, which does not know the attention that it runs on a CPU."""
-    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    known = {
-        attention: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value),
-        backward: lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(grad, query, key, value),
-    }
-    return FlopCounterMode(display=False, custom_mapping=known)
-
-
-def finished(device: str) -> float:
-    """The time, once the device has done what it was given."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def matmul_tflops(device: str, dtype: str, seconds: float = 1.0) -> float:
-    """TFLOP/s of a large matrix product, the best of those that fit into so many seconds."""
-    n = 8192 if torch.device(device).type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device, dtype=DTYPES[dtype]) for _ in range(2))
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        started = finished(device)
-        a @ b
-        best = min(best, finished(device) - started)
-    return 2 * n**3 / best / 1e12
-
-
 def worker(row: str, size: str, steps: int, repeats: int, device: str, dtype: str) -> dict[str, float]:
     warnings.filterwarnings("ignore")
     rows, optimizer_steps = [0], [0]
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # else the rest would run as it is, unseen
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32  # torch's defaults differ
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
         update, unet, optimizer, generator = update_of(row, size, steps, folder, device, dtype)
@@ -269,13 +228,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), default="tiny")
     parser.add_argument("--steps", type=int, nargs="+", default=[20, 50])
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--output", type=Path, help="results/step_time_SIZE.json by default")
+    parser.add_argument("--output", type=Path, help="results/step_time_SIZE[_DTYPE][_CARD].json by default")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
@@ -287,13 +246,14 @@ def main(arguments: list[str] | None = None) -> None:
         if args.output is None:
             parser.error("--smoke needs --output: it is no result to keep beside the others.")
         args.steps, args.rounds, args.repeats, args.only = [7], 1, 1, list(SMOKE)
-    on_gpu = torch.device(args.device).type == "cuda"
+    on_gpu = args.device == "cuda"
     if on_gpu and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: torch finds no GPU here.")
-    card = torch.cuda.get_device_name(args.device) if on_gpu else "cpu"
-    output = args.output or RESULTS / f"step_time_{args.size}{'_' + card.replace(' ', '-') if on_gpu else ''}.json"
+        parser.error("--device cuda: torch finds no GPU here.")
+    card = torch.cuda.get_device_name() if on_gpu else "cpu"
+    told = [args.dtype] * (args.dtype != "float32") + [card.replace(" ", "-")] * on_gpu
+    output = args.output or RESULTS / f"{'_'.join(['step_time', args.size, *told])}.json"
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "TQDM_DISABLE": "1"}
-    environment |= {} if on_gpu else {"ACCELERATE_USE_CPU": "true"}  # else the trainer takes a GPU that is there
+    environment |= {"ACCELERATE_USE_CPU": str(not on_gpu).lower()}  # else the trainer takes a GPU that is there
     record = {
         "size": args.size,
         "device": card,
@@ -302,22 +262,27 @@ def main(arguments: list[str] | None = None) -> None:
         "repeats": args.repeats,
         **provenance(),
     }
-    found = earlier(output, record)
+    found, failed = earlier(output, record), {}
     todo = [(number, steps, row) for number in range(args.rounds) for steps in args.steps for row in args.only]
     todo = [(number, steps, row) for number, steps, row in todo if number >= len(found.get((steps, row), []))]
     torch.set_num_threads(args.threads)
     matmul = {"matmul_tflops": matmul_tflops(args.device, args.dtype)}
     bar = tqdm(todo, unit="process")
     for _, steps, row in bar:
-        bar.set_description(f"{row}, {steps} steps")
+        if (name := f"{row}, {steps} steps") in failed:
+            continue
+        bar.set_description(name)
         command = [sys.executable, __file__, "--worker", row, "--size", args.size, "--steps", str(steps)]
         command += ["--threads", str(args.threads), "--repeats", str(args.repeats), "--device", args.device, "--dtype", args.dtype]
         run = subprocess.run(command, env=environment, capture_output=True, text=True)
         if run.returncode:
-            raise SystemExit(f"{row}: {run.stderr[-2000:]}")
+            failed[name] = run.stderr[-2000:]
+            continue
         found.setdefault((steps, row), []).append(json.loads(run.stdout.splitlines()[-1]))
         write_json(output, record | matmul | {"rows": summary(found, **matmul)})
     show(summary(found, **matmul))
+    if failed:
+        raise SystemExit("\n".join(f"{row}: {error}" for row, error in failed.items()) + f"\nFailed: {'; '.join(failed)}.")
 
 
 def earlier(output: Path, record: dict[str, Any]) -> dict[tuple[int, str], list[dict[str, float]]]:
@@ -338,7 +303,7 @@ def summary(found: dict[tuple[int, str], list[dict[str, float]]], matmul_tflops:
         row |= {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
         row["seconds_an_optimizer_step"] = row["seconds"] / max(1.0, row["optimizer_steps"])
         if "tflop" in row:
-            row["tflops"] = row["tflop"] / row["seconds"]
+            row["tflops"] = statistics.median(one["tflop"] / one["seconds"] for one in rounds)
             row["over_matmul"] = row["tflops"] / matmul_tflops
         row["seconds_range"] = [min(one["seconds"] for one in rounds), max(one["seconds"] for one in rounds)]
         for what, other, key in (

@@ -123,6 +123,7 @@ def test_the_weight_is_tuned_for_each_aim_by_its_own_figure(smoke, monkeypatch):
 
 
 def test_results_without_a_plain_row_are_run_again(tmp_path):
+    assert all(1 in method.weights for method in peers.METHODS.values() if method.plain)
     weights = peers.METHODS["DPS"].weights
     for name, aims, weight, done in (
         ("new", ["plain", "distance"], 1, True),

@@ -1,5 +1,6 @@
 """What benchmarks/step_time.py measures: the shapes of the published models, the operations of an update, bfloat16."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import devices  # noqa: E402
 import step_time  # noqa: E402
 from random_sd import SIZES, random_unet, random_vae  # noqa: E402
 
@@ -18,6 +20,16 @@ import report_tables  # noqa: E402
 # diffusers' own counts of the published checkpoints; SDXL's less the two layers of what it is told of pooled text and picture sizes
 SDXL_TOLD = (2816 * 1280 + 1280) + (1280 * 1280 + 1280)
 PUBLISHED = {"sd15": 859_520_964, "sdxl": 2_567_463_684 - SDXL_TOLD}
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """Where there is a GPU the trainer would take it; and what `worker` sets for a process of its own is set back."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=False):
+        yield
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -39,9 +51,9 @@ def test_attention_is_counted(size):
     q = torch.randn(batch, heads, queries, width, requires_grad=True)
     k, v = (torch.randn(batch, heads, keys, width, requires_grad=True) for _ in range(2))
     one = 2 * batch * heads * queries * keys * width
-    with step_time.counter_of_flops() as forward:
+    with devices.counter_of_flops() as forward:
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    with step_time.counter_of_flops() as backward:
+    with devices.counter_of_flops() as backward:
         out.sum().backward()
     assert forward.get_total_flops() == 2 * one and backward.get_total_flops() == 5 * one
 
@@ -64,21 +76,24 @@ def test_an_update_is_measured(name, dtype, monkeypatch):
     sampling, default = (step_time.worker(row, name, steps, 1, "cpu", dtype) for row in ("sampling", "adjoint_matching (default)"))
     assert sampling["rows"] == 8 * steps and sampling["optimizer_steps"] == 0
     assert default["rows"] > sampling["rows"] and default["optimizer_steps"] == 1
-    with torch.no_grad(), step_time.counter_of_flops() as counter:
+    with torch.no_grad(), devices.counter_of_flops() as counter:
         x, text = torch.randn(8, 4, size.side, size.side), torch.randn(8, size.text_length, size.text_width)
         random_unet(size)(x, 1, encoder_hidden_states=text)
-    assert sampling["tflop"] * 1e12 == pytest.approx(steps * counter.get_total_flops(), rel=0.02)  # and of merging LoRA
+    # LoRA: merged once, or two small products beside each of these narrow projections
+    least, most = steps * counter.get_total_flops() / 1e12, 1.02 if dtype == "float32" else 1.5
+    assert least < sampling["tflop"] < most * least
     assert default["tflop"] > 1.2 * sampling["tflop"]
     assert all(one["seconds"] > 0 and one["mib"] >= 0 for one in (sampling, default))
 
 
+@pytest.mark.usefixtures("fresh_accelerate")
 def test_the_operations_counted_are_of_the_update_that_was_timed():
     """The official algorithm truncates at random: of 4 steps it differentiates another number in each update."""
     update, unet, _, generator = step_time.update_of("official", "tiny", 4, "unused")
     unet.conv_in.count = lambda given: None
 
     def operations():
-        with step_time.counter_of_flops() as counter:
+        with devices.counter_of_flops() as counter:
             update()
         return counter.get_total_flops()
 
@@ -95,6 +110,23 @@ def test_a_gpu_that_is_not_there(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         step_time.main(["--device", "cuda"])
     assert "finds no GPU here" in capsys.readouterr().err
+
+
+def test_a_row_that_fails_leaves_the_others(tmp_path, monkeypatch):
+    """As on a card that is too small for it: the others are run and kept, and the end says which one failed, and why."""
+    run, output = step_time.subprocess.run, tmp_path / "found.json"
+
+    def failing(command, **options):
+        if "official" not in command:
+            return run(command, **options)
+        return step_time.subprocess.CompletedProcess(command, 1, "", "out of memory")
+
+    monkeypatch.setattr(step_time.subprocess, "run", failing)
+    only = ["--only", "official", "sampling", "--steps", "2", "--rounds", "2", "--repeats", "1", "--threads", "1"]
+    with pytest.raises(SystemExit, match=r"official, 2 steps: out of memory\nFailed: official, 2 steps\."):
+        step_time.main([*only, "--output", str(output)])
+    (row,) = json.loads(output.read_text())["rows"]
+    assert row["name"] == "sampling" and len(row["rounds"]) == 2
 
 
 def test_the_table_of_a_gpu():
@@ -114,4 +146,4 @@ def test_the_table_of_a_gpu():
     record = {"size": "sd15", "device": "Some Card", "dtype": "bfloat16", "threads": 2, "repeats": 3, "matmul_tflops": 1000.0}
     table = report_tables._step_time({**record, "commit": "abcdef012", "rows": rows})
     assert "500.00 | 250.0 | 0.25 | 1 |" in table and "| – | – | – | 1 |" in table
-    assert "sd15 on Some Card, bfloat16" in table and "1000.0 TFLOP/s" in table
+    assert "Size sd15, Some Card, bfloat16" in table and "1000.0 TFLOP/s" in table

@@ -93,18 +93,18 @@ def peers_table(setting: str) -> str:
 
 
 def peers_short(setting: str = "stroke") -> str:
-    """For the README: each method's accuracy where it is tuned for that, its distance where it is tuned for that, and what they cost."""
+    """For the README: each method's accuracy where it is tuned for that, its distance where it is tuned for that, both untuned, and what they cost."""
     found = [one for one in read("peers") if one["setting"] == setting]
     lines = []
-    aimed = {method: [aims_of(found, method)[aim] for aim in AIMS[1:]] for method in {one["method"] for one in found} - {EXACT}}
-    for method in sorted(aimed, key=lambda name: (-statistics.mean(row["accuracy"] for row in aimed[name][1]), name)):
-        near, sharp = aimed[method]
+    aimed = {method: aims_of(found, method) for method in {one["method"] for one in found} - {EXACT}}
+    for method in sorted(aimed, key=lambda name: (-statistics.mean(row["accuracy"] for row in aimed[name]["accuracy"]), name)):
+        near, sharp, plain = (aimed[method].get(aim, []) for aim in ("distance", "accuracy", "plain"))
         gradients = any(row["backward_calls"] for row in near) or method in (*BACKWARD, "classifier guidance")
         cost = f"{span(round(row['times_base'], 1) for row in [*near, *sharp])}"
         name = f"**{method}**" if method.startswith("CTRL") else method
         cells = [
-            spread([row[key] for row in own], 3, [row.get(f"{key}_se") for row in own])
-            for key, own in (("accuracy", sharp), ("tv", near))
+            spread([row[key] for row in own], 3, [row.get(f"{key}_se") for row in own]) if own else "–"
+            for key, own in (("accuracy", sharp), ("tv", near), ("accuracy", plain), ("tv", plain))
         ]
         lines.append([name, *cells, "yes" if gradients else "no", cost])
     floors = [row["tv_floor"] for one in found if one["method"] == EXACT for row in one["rows"]]
@@ -113,6 +113,8 @@ def peers_short(setting: str = "stroke") -> str:
         "",
         "accuracy, tuned for it",
         f"TV to the exact law, tuned for it{floor}",
+        "accuracy, plain",
+        "TV, plain",
         "gradients at inference",
         "× base's time",
     ]

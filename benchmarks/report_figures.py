@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 from records import save_figure  # noqa: E402
-from report_format import read  # noqa: E402
+from report_format import read, seeded  # noqa: E402
 from report_tables import LEARNERS, aim_row  # noqa: E402
 
 
@@ -52,7 +52,7 @@ def plot_time_to_gap(path: Path) -> None:
     figure, axis = plt.subplots(figsize=(7, 4))
     for one in read("time_to_gap"):
         seconds, gap, error = zip(*((p["seconds"], p["gap"], p["gap_se"]) for p in one["curve"]), strict=True)
-        axis.errorbar(seconds, gap, error, fmt="o-", ms=4, capsize=3, label=one["variant"])
+        axis.errorbar(seconds, gap, error, fmt="o-", ms=4, capsize=3, label=seeded(one))
     axis.set(xlabel="seconds of training, one core", ylabel="gap: log Z (base samples) − J (nats)", xscale="log", yscale="log")
     axis.legend(fontsize=8)
     figure.tight_layout()

@@ -46,3 +46,8 @@ def exact_draws(found: dict[str, Any]) -> str:
 def span(values: Iterable[float]) -> str:
     low, high = min(values := list(values)), max(values)
     return f"{low:g}" if low == high else f"{low:g}–{high:g}"
+
+
+def seeded(record: dict[str, Any]) -> str:
+    """A result's variant, and its seed where that is not 0."""
+    return record["variant"] + (f", seed {record['seed']}" if record["seed"] else "")

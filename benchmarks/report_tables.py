@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from records import RESULTS
-from report_format import exact_draws, pm, read, spread, table
+from report_format import exact_draws, pm, read, seeded, spread, table
 from report_peers import peers_short, peers_table
 
 
@@ -109,7 +109,7 @@ def time_to_gap() -> str:
         reached = ["–" if value is None else f"{value:.0f}" for value in one["thresholds"].values()]
         lines.append(
             [
-                one["variant"],
+                seeded(one),
                 *reached,
                 f"{last['gap']:.2f} ± {last['gap_se']:.2f}",
                 f"{last['accuracy']:.3f}",
@@ -120,7 +120,7 @@ def time_to_gap() -> str:
     header = ["", *[f"{level} nats" for level in levels], "gap at the end", "accuracy", "seconds", "updates"]
     return (
         table(header, lines)
-        + f"\n\nSeconds are updates times what one costs on a core of its own (`digits_runs.py`); seed {found[0]['seed']}; –: not within the seconds of that row."
+        + "\n\nSeconds are updates times what one costs on a core of its own (`digits_runs.py`); seed 0 where none is named; –: not within the seconds of that row."
     )
 
 

@@ -31,6 +31,16 @@ def method_rows(found: list[dict[str, Any]], method: str) -> list[tuple[str, lis
     return lines
 
 
+def with_errors(rows: list[dict[str, Any]], key: str, digits: int, found: list[dict[str, Any]], scale: float = 1.0) -> str:
+    """Mean ± error of a column. All seeds draw with the same noise. A distance's own error is that of exact draws from set to set."""
+    values = [scale * row[key] for row in rows if key in row]
+    if not rows or len(values) < len(rows):
+        return "–"
+    of_exact = [scale * one["rows"][0][f"{key}_floor_sd"] for one in found if one["method"] == EXACT and key in ("tv", "mmd2")]
+    own = [statistics.mean(of_exact)] * len(rows) if of_exact else [row.get(f"{key}_se") for row in rows]
+    return spread(values, digits, own, shared=True)
+
+
 def peers_table(setting: str) -> str:
     found = [one for one in read("peers") if one["setting"] == setting]
     if not found:
@@ -43,8 +53,7 @@ def peers_table(setting: str) -> str:
         for aim, rows in method_rows(found, method):
 
             def column(key: str, digits: int, rows: list[dict[str, Any]] = rows, scale: float = 1.0) -> str:
-                values = [scale * row[key] for row in rows if key in row]
-                return spread(values, digits, [row.get(f"{key}_se") for row in rows]) if len(values) == len(rows) else "–"
+                return with_errors(rows, key, digits, found, scale)
 
             calls = f"{rows[0]['forward_calls']:.0f}" + (f" + {rows[0]['backward_calls']:.0f}" if rows[0]["backward_calls"] else "")
             lines.append(
@@ -103,8 +112,7 @@ def peers_short(setting: str = "stroke") -> str:
         cost = f"{span(round(row['times_base'], 1) for row in [*near, *sharp])}"
         name = f"**{method}**" if method.startswith("CTRL") else method
         cells = [
-            spread([row[key] for row in own], 3, [row.get(f"{key}_se") for row in own]) if own else "–"
-            for key, own in (("accuracy", sharp), ("tv", near), ("accuracy", plain), ("tv", plain))
+            with_errors(own, key, 3, found) for key, own in (("accuracy", sharp), ("tv", near), ("accuracy", plain), ("tv", plain))
         ]
         lines.append([name, *cells, "yes" if gradients else "no", cost])
     floors = [row["tv_floor"] for one in found if one["method"] == EXACT for row in one["rows"]]

@@ -52,9 +52,9 @@ def sample_efficiency() -> str:
                 ("distance", "tv", 3),
             ):
                 rows = [aim_row(one, aim) for one in own]
-                cells.append(spread([row[key] for row in rows], digits, [row[f"{key}_se"] for row in rows]))
+                cells.append(spread([row[key] for row in rows], digits, [row[f"{key}_se"] for row in rows], shared=True))
             rows = [aim_row(one, "distance") for one in own]
-            cells += [spread([1000 * row["mmd2"] for row in rows], 2, [1000 * row["mmd2_se"] for row in rows])]
+            cells += [spread([1000 * row["mmd2"] for row in rows], 2, [1000 * row["mmd2_se"] for row in rows], shared=True)]
             cells += [f"{statistics.mean(row['prompt_accuracy'] for row in rows):.3f}"]
             seconds = statistics.mean(
                 one["seconds_training"] + (one["seconds_classifier"] if method != "cfg" else 0) for one in own

@@ -141,6 +141,14 @@ def test_results_without_a_plain_row_are_run_again(tmp_path):
 # -- report --
 
 
+def test_a_distance_has_the_error_of_exact_draws():
+    rows = [{"tv": 0.2, "accuracy": 0.9, "accuracy_se": 0.02}, {"tv": 0.22, "accuracy": 0.9, "accuracy_se": 0.02}]
+    found = [{"method": "exact draws", "rows": [{"tv_floor_sd": 0.016, "mmd2_floor_sd": 1e-3}]}, {"method": "m", "rows": rows}]
+    assert report_peers.with_errors(rows, "tv", 3, found) == "0.210 ± 0.016"
+    assert report_peers.with_errors(rows, "accuracy", 2, found) == "0.90 ± 0.02"
+    assert report_peers.with_errors(rows, "gap", 2, found) == report_peers.with_errors([], "tv", 3, found) == "–"
+
+
 def test_the_pages_are_what_their_results_say():
     report.main(["--check"])
 
@@ -173,6 +181,8 @@ def test_seeds_are_put_together():
     assert report_format.spread([1.0, 3.0], 1) == "2.0 ± 1.0" and report_format.spread([1.0], 1, [0.25]) == "1.0 ± 0.2"
     assert report_format.spread([1.0, 1.0], 2, [0.3, 0.4]) == "1.00 ± 0.25" and report_format.spread([1.0], 1) == "1.0"
     assert report_format.spread([1.0, 3.0], 1, [0.1, None]) == "2.0 ± 1.0"
+    # drawn with the same noise, two are no surer than one
+    assert report_format.spread([1.0, 1.0], 2, [0.3, 0.4], shared=True) == "1.00 ± 0.35"
     assert report_format.span([1, 2.5]) == "1–2.5" and report_format.span([2]) == "2"
 
 

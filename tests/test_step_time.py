@@ -83,7 +83,7 @@ def test_an_update_is_measured(name, dtype, monkeypatch):
     least, most = steps * counter.get_total_flops() / 1e12, 1.02 if dtype == "float32" else 1.5
     assert least < sampling["tflop"] < most * least
     assert default["tflop"] > 1.2 * sampling["tflop"]
-    assert all(one["seconds"] > 0 and one["mib"] >= 0 for one in (sampling, default))
+    assert sampling["seconds"] > 0 and default["seconds"] > 0
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
@@ -127,6 +127,7 @@ def test_a_row_that_fails_leaves_the_others(tmp_path, monkeypatch):
         step_time.main([*only, "--output", str(output)])
     (row,) = json.loads(output.read_text())["rows"]
     assert row["name"] == "sampling" and len(row["rounds"]) == 2
+    assert row["mib"] > 1  # of a process of its own: this one's memory is full of what other tests left
 
 
 def test_the_table_of_a_gpu():

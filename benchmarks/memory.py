@@ -21,12 +21,13 @@ import time
 from pathlib import Path
 
 import torch
+from devices import Memory
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DModel
 
 from diffusers_ctrl import Categorical, LabelSpace, Policy
 from diffusers_ctrl.objectives import OBJECTIVES
 from diffusers_ctrl.rollouts import Environment, Sampler
-from records import RESULTS, provenance, resident_mib, write_json
+from records import RESULTS, provenance, write_json
 
 
 BATCH, SHAPE = 8, (4, 16, 16)
@@ -106,11 +107,10 @@ def measure(
     policy, environment = problem(steps, objective, checkpointing, decode, reward_batch_size)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before, started = resident_mib("VmRSS"), time.perf_counter()
+    memory, started = Memory("cpu"), time.perf_counter()
     update(policy, environment, objective, micro_batches)
     seconds = time.perf_counter() - started
-    return {"peak_mib": round(resident_mib("VmHWM") - before, 1), "seconds_per_step": round(seconds / steps, 4)}
+    return {"peak_mib": round(memory.mib(), 1), "seconds_per_step": round(seconds / steps, 4)}
 
 
 def in_fresh_process(**settings) -> dict:

@@ -7,10 +7,10 @@ a method that is asked for needs that and none needs the recipe's): its classifi
 baselines learn from. Every method's one number is tuned on `--validation` images
 a label, the same for all, twice: for the distance to the exact law (total variation), and for accuracy by the *classifier*, which is all that a
 user could do; of a method for which Bayes says 1 that value has a row too, `plain`, which needs no tuning. The oracles judge only the finished
-table. All methods, seeds and settings draw with the same noise. One JSON a method in results/peers/SETTING-seedSEED/; what is there is not run again, unless peer_methods.py now has other weights for it
-to try, or a plain row that it lacks. `CTRL, trained longer` and `CTRL, control head` have adapters of their own, of the same classifier, in
-runs/peers/SETTING-SEED-longer and -head, for the settings under `variants` in that file. `exact draws` are base samples, resampled by p̂ as the
-exact law has it.
+table. All methods, seeds and settings draw with the same noise. One JSON a method in results/peers/SETTING-seedSEED/; what is there is not run
+again, unless peer_methods.py now has other weights for it to try, or a plain row that it lacks. `CTRL, trained longer` and `CTRL, control head`
+have adapters of their own, of the same classifier, in runs/peers/SETTING-SEED-longer and -head, for the settings under `variants` in that file.
+`exact draws` are base samples, resampled by p̂ as the exact law has it.
 
 Columns: accuracy, macro-F1, worst label; prompt accuracy; distances of exact_reference.py, for exact draws also from set to set; KL of the paths to the base's and
 the gap to the exact law at gamma = 1 that it bounds, where the method's steps are Gaussian ones; diversity: mean distance of two pictures of the same

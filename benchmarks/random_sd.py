@@ -31,16 +31,20 @@ class Size:
     reward_batch: int | None = None
 
 
-_PUBLISHED_VAE: dict[str, Any] = {"vae_widths": (128, 256, 512, 512), "vae_layers": 2, "vae_groups": 32, "vae_attention": True}
-_PUBLISHED_VAE["reward_batch"] = 1  # four pictures' activations would be most of an update's memory, whatever the objective
+_PUBLISHED: dict[str, Any] = {
+    "groups": 32,
+    "vae_widths": (128, 256, 512, 512),
+    "vae_layers": 2,
+    "vae_groups": 32,
+    "vae_attention": True,
+    "reward_batch": 1,  # four pictures' activations would be most of an update's memory, whatever the objective
+}
 SIZES = {
     "tiny": Size(16, (32, 64, 64), 1, (8,) * 3, (1,) * 3),  # 1.5 million weights
     "small": Size(32, (64, 128, 256), 2, (8,) * 3, (1,) * 3),  # 17.6 million
     # the shapes of the published models; SDXL's without what it is told of its pooled text and picture sizes, 5 of 2,567 million weights
-    "sd15": Size(64, (320, 640, 1280, 1280), 2, (8,) * 4, (1,) * 4, groups=32, text_width=768, **_PUBLISHED_VAE),
-    "sdxl": Size(
-        128, (320, 640, 1280), 2, (5, 10, 20), (1, 2, 10), plain=0, groups=32, linear=True, text_width=2048, **_PUBLISHED_VAE
-    ),
+    "sd15": Size(64, (320, 640, 1280, 1280), 2, (8,) * 4, (1,) * 4, text_width=768, **_PUBLISHED),
+    "sdxl": Size(128, (320, 640, 1280), 2, (5, 10, 20), (1, 2, 10), plain=0, linear=True, text_width=2048, **_PUBLISHED),
 }
 
 

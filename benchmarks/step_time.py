@@ -159,16 +159,8 @@ def update_of(
     def official() -> None:
         batch = environment.draw(config.batch_size, noise)
         with trainer.accelerator.autocast():
-            loss = official_loss(
-                policy,
-                reference,
-                environment.sampler,
-                batch,
-                environment.log_likelihood,
-                GUIDANCE,
-                kl_weight=1.0,
-                generator=generator,
-            )
+            given = (policy, reference, environment.sampler, batch, environment.log_likelihood, GUIDANCE)
+            loss = official_loss(*given, kl_weight=1.0, generator=generator, noise=noise)
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for group in policy.trainable_parameters().values() for p in group], 1.0)
         trainer.optimizer.step()

@@ -105,6 +105,28 @@ def test_the_operations_counted_are_of_the_update_that_was_timed():
     assert len(set(found)) > 1 and operations() == found[0]
 
 
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_the_official_algorithm_draws_its_noise_from_a_generator_of_its_own(monkeypatch):
+    """On a GPU from one there; what is truncated is then all that the other one, on the CPU, decides."""
+    loss, given, steps = step_time.official_loss, {}, 4
+
+    def watched(*args, **named):
+        given.update(args=args, **named)
+        return loss(*args, **named)
+
+    monkeypatch.setattr(step_time, "official_loss", watched)
+    update, unet, _, generator = step_time.update_of("official", "tiny", steps, "unused")
+    unet.conv_in.count = lambda rows: None
+    update()
+    assert given["noise"] is given["generator"] is generator  # on the CPU one is enough
+    truncates, expected, noise = (torch.Generator().manual_seed(seed) for seed in (7, 7, 8))
+    before = noise.get_state()
+    loss(*given["args"], kl_weight=1.0, generator=truncates, noise=noise)
+    for _ in range(steps):
+        torch.randint(steps + 1, (1,), generator=expected)
+    assert torch.equal(truncates.get_state(), expected.get_state()) and not torch.equal(noise.get_state(), before)
+
+
 def test_a_gpu_that_is_not_there(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):

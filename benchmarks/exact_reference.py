@@ -27,6 +27,12 @@ from jpeg_data import jpeg_kilobytes
 MEASURES = {**DIGIT_MEASURES, "jpeg": jpeg_kilobytes}
 DIGITS, DECILES, TERCILES = 10, 10, 3
 FLOOR_REPEATS, EXACT_DRAWS = 50, 2000
+VALIDATION, JUDGED, JUDGE, PRICED, FLOORS = range(1, 6)
+
+
+def noise_seed(seed: int, use: int) -> int:
+    """What to seed a generator with for one use of noise in the run of one seed: no two seeds, and no two uses, have the same."""
+    return 10 * seed + use
 
 
 def histogram(cells: torch.Tensor, weights: torch.Tensor, size: int = DIGITS * DECILES) -> torch.Tensor:

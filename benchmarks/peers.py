@@ -7,9 +7,10 @@ a method that is asked for needs that and none needs the recipe's): its classifi
 baselines learn from. Every method's one number is tuned on `--validation` images
 a label, the same for all, twice: for the distance to the exact law (total variation), and for accuracy by the *classifier*, which is all that a
 user could do; of a method for which Bayes says 1 that value has a row too, `plain`, which needs no tuning. The oracles judge only the finished
-table. All methods, seeds and settings draw with the same noise. One JSON a method in results/peers/SETTING-seedSEED/; what is there is not run
-again, unless peer_methods.py now has other weights for it to try, or a plain row that it lacks. `CTRL, trained longer` and `CTRL, control head`
-have adapters of their own, of the same classifier, in runs/peers/SETTING-SEED-longer and -head, for the settings under `variants` in that file.
+table. All methods of a seed draw with the same noise, each seed with its own. One JSON a method in results/peers/SETTING-seedSEED/; what is there
+is not run again, unless it was drawn with other noise, or peer_methods.py now has other weights for it to try, or a plain row that it lacks.
+`CTRL, trained longer` and `CTRL, control head` have adapters of their own, of the same classifier, in runs/peers/SETTING-SEED-longer and -head, for
+the settings under `variants` in that file.
 `exact draws` are base samples, resampled by p̂ as the exact law has it.
 
 Columns: accuracy, macro-F1, worst label; prompt accuracy; distances of exact_reference.py, for exact draws also from set to set; KL of the paths to the base's and
@@ -40,7 +41,20 @@ from tqdm.auto import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "training")]
 from baselines.base import Labelled, encode, open_base  # noqa: E402
-from exact_reference import distance_to_law, make_reference, of_each, of_exact_draws, small, to_exact  # noqa: E402
+from exact_reference import (  # noqa: E402
+    FLOORS,
+    JUDGE,
+    JUDGED,
+    PRICED,
+    VALIDATION,
+    distance_to_law,
+    make_reference,
+    noise_seed,
+    of_each,
+    of_exact_draws,
+    small,
+    to_exact,
+)
 
 import train_ctrl  # noqa: E402
 from diffusers_ctrl import Classifier, CTRLConfig  # noqa: E402
@@ -56,7 +70,7 @@ from task import TaskConfig, attribute_oracle, parse_arguments  # noqa: E402
 
 
 EXPERIMENT = Path(__file__).resolve().parent / "experiments" / "peers.yaml"
-BATCH, PRICED = 120, 100
+BATCH, PATHS = 120, 100
 TOLD = (
     "lora_rank",
     "control_head",
@@ -164,11 +178,16 @@ def check_partition(folder: Path, found: float, base_samples: int) -> None:
             )
 
 
-def draw_all(s: Setting, draw: Draw, per_label: int, seed: int) -> list[torch.Tensor]:
-    """`per_label` images of each label, running through the prompts."""
+def noise_of(s: Setting, use: int, row: int) -> torch.Generator:
+    """The noise of that row of the labels."""
+    return torch.Generator().manual_seed(noise_seed(s.seed, use) * 1_000_003 + row)
+
+
+def draw_all(s: Setting, draw: Draw, per_label: int, use: int) -> list[torch.Tensor]:
+    """`per_label` images of each label, running through the prompts. use: of noise, as `noise_seed` has it."""
     prompts, found = torch.arange(per_label) % len(s.base.conditions), []
     for row, label in enumerate(s.labels):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + row)
+        generator = noise_of(s, use, row)
         found.append(torch.cat([draw(label, part, generator) for part in prompts.split(BATCH)]))
     return found
 
@@ -188,9 +207,9 @@ def diversity(s: Setting, images: list[torch.Tensor], generator: torch.Generator
     return sum(ratios) / len(ratios)
 
 
-def judge(s: Setting, images: list[torch.Tensor], seed: int) -> dict[str, Any]:
+def judge(s: Setting, images: list[torch.Tensor]) -> dict[str, Any]:
     """The row's figures, means over labels; `by_label`: accuracy of each."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(noise_seed(s.seed, JUDGE))
     space, pictures = s.space, torch.cat(images)
     asked = torch.cat([label.expand(len(own), -1) for label, own in zip(s.labels, images, strict=True)])
     found = torch.as_tensor(attribute_oracle(s.task)(pictures)).view(len(pictures), -1).double()
@@ -206,12 +225,12 @@ def judge(s: Setting, images: list[torch.Tensor], seed: int) -> dict[str, Any]:
     return out | {"diversity": diversity(s, images, generator)}
 
 
-def priced(s: Setting, draw: Draw, per_label: int, seed: int) -> dict[str, float]:
+def priced(s: Setting, draw: Draw, per_label: int) -> dict[str, float]:
     """KL of the paths to the base's, and log Z − E[log p̂ − KL], the gap to the exact law at gamma = 1; nats, with standard errors."""
     prompts, kl, gaps = torch.arange(per_label) % len(s.base.conditions), [], []
     for row, label in enumerate(s.labels):
         with s.base.pricing(per_label), torch.no_grad():
-            images = draw(label, prompts, torch.Generator().manual_seed(seed * 1_000_003 + row))
+            images = draw(label, prompts, noise_of(s, PRICED, row))
             kl.append(s.base.kl.double())
             gaps.append(s.reference.log_partition - s.likelihood(images, label.expand(per_label, -1)).double() + kl[-1])
     out = {}
@@ -230,7 +249,7 @@ def tuned(s: Setting, method: Method, validation: int, bar: tqdm) -> tuple[dict[
         started = time.perf_counter()
         draw = method.draw(s, fitted, weight)
         training = fitting + time.perf_counter() - started
-        images = draw_all(s, draw, validation, seed=1)
+        images = draw_all(s, draw, validation, VALIDATION)
         right = []
         for row, own in enumerate(images):
             with torch.no_grad():
@@ -263,24 +282,27 @@ def rows_of(s: Setting, name: str, outputs: int, validation: int, bar: tqdm) -> 
         alike = min(BATCH, outputs)  # as many at a time as the method draws
         before, started = base_seconds(s, alike), time.perf_counter()
         s.base.calls.clear()
-        images = draw_all(s, chosen["draw"], outputs, seed=2)
+        images = draw_all(s, chosen["draw"], outputs, JUDGED)
         seconds, count = time.perf_counter() - started, outputs * len(s.labels)
-        row = {"tuned_for": aims, "weight": chosen["weight"], **judge(s, images, seed=3)}
+        row = {"tuned_for": aims, "weight": chosen["weight"], **judge(s, images)}
         row |= {f"{way}_calls": s.base.calls[way] / count for way in ("forward", "backward")}
         row["seconds_a_sample"] = seconds / count
         row["times_base"] = row["seconds_a_sample"] / ((before + base_seconds(s, alike)) / 2)
         row["seconds_training"] = chosen["training"]
         if name == "exact draws":
-            row |= of_exact_draws(s.reference, outputs, torch.Generator().manual_seed(5))
+            row |= of_exact_draws(s.reference, outputs, torch.Generator().manual_seed(noise_seed(s.seed, FLOORS)))
         if method.priced:
-            row |= priced(s, chosen["draw"], 10 if s.smoke else PRICED, seed=4)
+            row |= priced(s, chosen["draw"], 10 if s.smoke else PATHS)
         rows.append(row | {"tried": [{k: v for k, v in one.items() if k != "draw"} for one in tried]})
     return rows
 
 
 def has_tried(path: Path, method: str) -> bool:
-    """Whether a result is of the weights that are tried today, and has a plain row where the method has one."""
-    rows = json.loads(path.read_text())["rows"]
+    """Whether a result is of today's noise and weights that are tried, and has a plain row where the method has one."""
+    record = json.loads(path.read_text())
+    rows = record["rows"]
+    if record.get("noise_seed") != noise_seed(record["seed"], JUDGED):
+        return False
     plain = any(PLAIN in row["tuned_for"] for row in rows)
     return [one["weight"] for one in rows[0]["tried"]] == list(METHODS[method].weights) and plain >= METHODS[method].plain
 
@@ -324,6 +346,7 @@ def main(arguments: list[str] | None = None) -> None:
             bar.set_description(f"{name}, seed {seed}: {method}")
             rows = rows_of(s, method, args.outputs, args.validation, bar)
             about = {"setting": name, "seed": seed, "method": method, "labels": len(s.labels), "outputs": args.outputs}
+            about |= {"noise_seed": noise_seed(seed, JUDGED)}
             about |= {"validation": args.validation, "base_samples": args.base_samples, "threads": torch.get_num_threads()}
             write_json(path, {**about, "log_partition": s.reference.log_partition, "rows": rows, **provenance()})
             for row in rows:

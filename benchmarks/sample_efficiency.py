@@ -32,7 +32,20 @@ import torch
 from baselines import cfg_finetune
 from baselines.base import Base, Labelled, encode, open_base
 from digits_runs import Labels, cached_classifier, config_of, make_trainer, open_pipe, seen_digits, train, unseen_figures
-from exact_reference import Reference, distance_to_law, make_reference, of_exact_draws, small, to_exact, total_variation
+from exact_reference import (
+    FLOORS,
+    JUDGE,
+    JUDGED,
+    VALIDATION,
+    Reference,
+    distance_to_law,
+    make_reference,
+    noise_seed,
+    of_exact_draws,
+    small,
+    to_exact,
+    total_variation,
+)
 from experiment import arguments, clock, run_all
 
 from diffusers_ctrl import Classifier
@@ -200,12 +213,12 @@ def classifier_accuracy(classifier: Classifier, images: Images) -> float:
 
 
 def chosen(
-    fitted: Fitted, reference: Reference, classifier: Classifier, validation: int
+    fitted: Fitted, reference: Reference, classifier: Classifier, validation: int, seed: int
 ) -> tuple[dict[Any, list[str]], list[dict]]:
     """{value: what it is the best for}, and all that was tried."""
     tried = []
     for value in fitted.values:
-        images = fitted.draw(value, validation, 1)
+        images = fitted.draw(value, validation, noise_seed(seed, VALIDATION))
         tried.append(
             {
                 "value": value,
@@ -229,14 +242,14 @@ def run(spec: dict[str, Any], name: str, seed: int, folder: Path) -> dict[str, A
     fitted = METHODS[method](spec, labels, classifier, folder)
     pool = pool_of(spec, folder)
     reference = truth(spec["base"], spec["train"]["num_inference_steps"], spec["attribute"], spec["base_samples"], pool)
-    best, tried = chosen(fitted, reference, classifier, spec["validation"])
+    best, tried = chosen(fitted, reference, classifier, spec["validation"], seed)
     labelled, rows = seen_digits(spec["base"])[labels.rows], []
     for value, aims in best.items():
-        images = fitted.draw(value, spec["outputs"], 2)
-        row = {"value": value, "tuned_for": aims, **judged(reference, labels, images, 3)}
-        rows.append(row | {"nearest": nearest(reference, images, labelled, 3)})
+        images, judge = fitted.draw(value, spec["outputs"], noise_seed(seed, JUDGED)), noise_seed(seed, JUDGE)
+        row = {"value": value, "tuned_for": aims, **judged(reference, labels, images, judge)}
+        rows.append(row | {"nearest": nearest(reference, images, labelled, judge)})
     about |= {"method": method, "num_labels": int(count), **fitted.about}
-    about |= of_exact_draws(reference, spec["outputs"], torch.Generator().manual_seed(4))
+    about |= of_exact_draws(reference, spec["outputs"], torch.Generator().manual_seed(noise_seed(seed, FLOORS)))
     return {**about, **{key: spec[key] for key in ("outputs", "validation", "base_samples")}, "rows": rows, "tried": tried}
 
 

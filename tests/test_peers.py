@@ -4,7 +4,9 @@ import importlib.util
 import json
 import shutil
 import sys
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import gap_spread
 from baselines import dps, mpgd
 from baselines.base import open_base
-from exact_reference import distance, histogram, to_cells
+from exact_reference import JUDGED, VALIDATION, distance, histogram, noise_seed, to_cells
 
 import peer_methods
 import peers
@@ -122,20 +124,33 @@ def test_the_weight_is_tuned_for_each_aim_by_its_own_figure(smoke, monkeypatch):
     assert best == {"plain": tried[0], "distance": tried[1], "accuracy": tried[0]}
 
 
-def test_results_without_a_plain_row_are_run_again(tmp_path):
+def test_results_of_other_noise_or_without_a_plain_row_are_run_again(tmp_path):
     assert all(1 in method.weights for method in peers.METHODS.values() if method.plain)
-    weights = peers.METHODS["DPS"].weights
-    for name, aims, weight, done in (
-        ("new", ["plain", "distance"], 1, True),
-        ("old", ["distance"], 1, False),
-        ("other", ["plain"], 2, False),
+    weights, noise = peers.METHODS["DPS"].weights, noise_seed(1, JUDGED)
+    for name, aims, weight, drawn, done in (
+        ("new", ["plain", "distance"], 1, noise, True),
+        ("old", ["distance"], 1, noise, False),
+        ("other", ["plain"], 2, noise, False),
+        ("of seed 0", ["plain"], 1, noise_seed(0, JUDGED), False),
     ):
-        tried = [{"weight": one * weight} for one in weights]
-        (tmp_path / name).write_text(json.dumps({"rows": [{"tuned_for": aims, "tried": tried}]}))
+        row = {"tuned_for": aims, "tried": [{"weight": one * weight} for one in weights]}
+        (tmp_path / name).write_text(json.dumps({"seed": 1, "noise_seed": drawn, "rows": [row]}))
         assert peers.has_tried(tmp_path / name, "DPS") == done
-    tried = [{"weight": one} for one in peers.METHODS["best of n"].weights]
-    (tmp_path / "best").write_text(json.dumps({"rows": [{"tuned_for": ["distance"], "tried": tried}]}))
+    row = {"tuned_for": ["distance"], "tried": [{"weight": one} for one in peers.METHODS["best of n"].weights]}
+    (tmp_path / "best").write_text(json.dumps({"seed": 1, "noise_seed": noise, "rows": [row]}))
     assert peers.has_tried(tmp_path / "best", "best of n")
+
+
+def test_each_seed_and_use_has_noise_of_its_own(base):
+    """Methods of one seed share it, which makes them comparable; seeds do not, which is what makes three of them surer than one."""
+    drawn = []
+    for seed, use in product((0, 1), (VALIDATION, JUDGED)):
+        setting = SimpleNamespace(seed=seed, base=base, labels=torch.zeros(2, 1))
+        one, other = (peers.draw_all(setting, lambda y, prompts, g: base.draw(prompts, g), 3, use) for _ in range(2))
+        assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+        drawn += [torch.cat(one)]
+    pictures = torch.cat(drawn).flatten(1)
+    assert torch.pdist(pictures).min() > 0.1 and len(pictures) == 4 * 6
 
 
 # -- report --

@@ -82,6 +82,7 @@ def test_one_call_a_step_prices_a_trajectory(guidance_scale):
         (direct_backprop, True, {"kl_steps": [1, 3], "gradient_batch_size": 4}),
         (direct_backprop, False, {"truncation": 3}),
         (adjoint_matching, False, {}),
+        (adjoint_matching, False, {"steps": [3, 1], "coarse": True, "gradient_batch_size": 4}),
         (policy_gradient, False, {}),
     ],
 )

@@ -10,8 +10,8 @@ a slow minute of the machine meets all of them. Medians over rounds; ratios are 
 - seconds: of one update, that is of one batch of trajectories. CPU s: what its process computed meanwhile, on all its threads: other people's
   jobs disturb it less.
 - steps/update: how many optimizer steps an update takes; a step: seconds divided by them. One, but where trajectories are reused.
-- 2 trajectories at a time: the same update in two micro-batches, whose calls have 4 rows as the official algorithm's have. Differentiated 2 at a
-  time: only the calls with a gradient have 4 rows (`gradient_batch_size`), the trajectories are drawn 4 at once.
+- adjoint_matching draws its trajectories 4 at once, and has 2 of them (4 rows) in a call with a gradient, as is its default; differentiated all at
+  once, 4. 2 trajectories at a time: the same update in two micro-batches, all of whose calls have 4 rows as the official algorithm's have.
 - control head: alone, of width 512 (`lora_rank: 0`), in place of LoRA.
 - channels last, compiled: the same update or sampling with the U-Net's convolutions so, or with `unet.compile()`; first_seconds, of the first warm-up,
   are what compiling costs, with nothing of it on the disk yet.
@@ -68,8 +68,13 @@ HEAD = {"lora_rank": 0, "merge_lora": False, "control_head": 512}  # alone: LoRA
 ROWS: dict[str, dict[str, Any]] = {
     "official": {},
     "adjoint_matching (default)": DEFAULT,
-    "adjoint_matching (default), 2 trajectories at a time": {**DEFAULT, "batch_size": 2, "gradient_accumulation_steps": 2},
-    "adjoint_matching (default), differentiated 2 at a time": {**DEFAULT, "gradient_batch_size": 2},
+    "adjoint_matching (default), 2 trajectories at a time": {
+        **DEFAULT,
+        "batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "gradient_batch_size": 2,
+    },
+    "adjoint_matching, differentiated all at once": {**DEFAULT, "gradient_batch_size": 4},
     "adjoint_matching, a fifth of the steps, 4 times": {**DEFAULT, "num_regression_steps": 0.2, "adjoint_passes": 4},
     "adjoint_matching, a fifth of the steps, adjoint at all": {**DEFAULT, "num_regression_steps": 0.2, "coarse_adjoint": False},
     "adjoint_matching, all steps": {**DEFAULT, "num_regression_steps": 1.0},

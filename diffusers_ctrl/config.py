@@ -95,8 +95,8 @@ class CTRLConfig:
     )
     gradient_batch_size: int | None = option(
         None,
-        "adjoint_matching, and direct_backprop with checkpointing: trajectories that are differentiated at a time; all by default. Same gradient, "
-        "less memory, and they are still drawn all at once. Not with fp16.",
+        "adjoint_matching, and direct_backprop with checkpointing: trajectories that are differentiated at a time, by default half of batch_size "
+        "in the first, all in the second. Same gradient, less memory, and they are still drawn all at once. Not with fp16.",
     )
     reward_batch_size: int | None = option(
         None, "Samples decoded and scored at a time; all by default. Same gradient, less memory."
@@ -240,14 +240,25 @@ class CTRLConfig:
         """Whether a batch of trajectories serves several optimizer steps."""
         return self.objective == "policy_gradient" or (self.objective == "adjoint_matching" and self.adjoint_passes > 1)
 
+    @property
+    def differentiated_at_a_time(self) -> int | None:
+        """How many trajectories a call with a gradient has; None is all.
+
+        By default adjoint_matching gives it half a batch: a third less memory for a twelfth more time on a small model (benchmarks/step_time.py).
+        direct_backprop differentiates every call, and float16 keeps all graphs.
+        """
+        if self.gradient_batch_size is None and self.objective == "adjoint_matching" and self.mixed_precision != "fp16":
+            return -(-self.batch_size // 2)
+        return self.gradient_batch_size
+
     def objective_options(self) -> dict[str, Any]:
         """The chosen objective's own options."""
         own = {
-            "direct_backprop": ("truncation", "gradient_batch_size"),
-            "adjoint_matching": ("gradient_batch_size",),
-            "policy_gradient": ("clip_range",),
+            "direct_backprop": {"truncation": self.truncation, "gradient_batch_size": self.gradient_batch_size},
+            "adjoint_matching": {"gradient_batch_size": self.differentiated_at_a_time},
+            "policy_gradient": {"clip_range": self.clip_range},
         }
-        return {name: getattr(self, name) for name in own.get(self.objective, ())}
+        return own.get(self.objective, {})
 
 
 # what a resumed run must have in common with its checkpoint: its weights would not mean the same

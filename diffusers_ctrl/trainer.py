@@ -482,7 +482,7 @@ class CTRLTrainer:
                     noise,
                     steps=steps,
                     coarse=self.config.coarse_adjoint,
-                    at_a_time=self.config.gradient_batch_size,
+                    at_a_time=self.config.differentiated_at_a_time,
                 )
 
     def _baseline(self, environment: Environment) -> Baseline:

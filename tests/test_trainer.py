@@ -126,6 +126,7 @@ def test_policy_gradient_steps_several_times_on_one_batch(tmp_path):
 def test_adjoint_matching_may_learn_several_times_from_one_batch(tmp_path):
     """Each pass on other steps; the first is the update that there would be without the others, bit for bit."""
     settings = {"objective": "adjoint_matching", "num_regression_steps": 2, "max_updates": 1, "gradient_accumulation_steps": 2}
+    settings["gradient_batch_size"] = 8  # all: in parts the base's calls have other rows where another pass needs the adjoint there
     once = make_trainer(tmp_path / "once", **settings)
     once.train()
     drawn, seen, found = [], [], []
@@ -202,6 +203,28 @@ def test_a_few_trajectories_differentiated_at_a_time_train_the_same(tmp_path, se
     assert seen == {3, 2}
     for name, value in whole.items():
         torch.testing.assert_close(parts[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes"),
+    [
+        ({"batch_size": 5}, {3, 2}),
+        ({"batch_size": 5, "gradient_batch_size": 5}, {5}),
+        ({"batch_size": 5, "adjoint_passes": 2}, {3, 2}),
+        ({"batch_size": 4, "gradient_accumulation_steps": 2}, {2}),
+        ({"batch_size": 1}, {1}),
+        ({"batch_size": 5, "objective": "direct_backprop", "checkpointing": True}, {5}),
+    ],
+)
+def test_adjoint_matching_differentiates_half_a_batch_at_a_time(settings, sizes, tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, **{"objective": "adjoint_matching", "max_updates": 1, **settings})
+    trainer.policy.checkpointing = trainer.config.checkpointing
+    seen, original = {True: set(), False: set()}, Policy._call
+    monkeypatch.setattr(
+        Policy, "_call", lambda self, f, x, *rest: (seen[torch.is_grad_enabled()].add(len(x)), original(self, f, x, *rest))[1]
+    )
+    trainer.train()
+    assert seen[True] == sizes and settings["batch_size"] in seen[False]
 
 
 def test_an_option_that_the_objective_ignores_is_said():

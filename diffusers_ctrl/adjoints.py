@@ -82,33 +82,30 @@ def lean_adjoint(
 
     adjoint_k = ∂(−gamma log p̂)/∂x_k through the base. It is solved at the states x_k, k of `solved_at`, which has k + 1 for every chosen
     k + 1 < K. From one of these to the next the clean sample that the base sees at the first is held (`Sampler.held`): on a memoryless
-    scheduler, the step of a sampler that has no states in between. The base is differentiated for `at_a_time` rows at a time, all by default.
+    scheduler, the step of a sampler that has no states in between. The base is called with `at_a_time` rows, all by default.
 
     Yields:
         Targets, from the last chosen step to the first.
     """
     known = len(sampler.timesteps)  # the adjoint is known of x_known
-
-    def target(k: int, rows: slice, x: torch.Tensor, base: Transition, answers: list[Answer]) -> Target:
-        kept = [(output.detach(), time) for output, time in answers] if policy.shares_base else None
-        return Target(k, rows, x.detach(), Transition(base.mean.detach(), base.std.detach()), adjoint[rows], kept)
-
     for k, states in states_at(policy, sampler, batch, path, {*chosen, *solved_at}):
-        if k not in solved_at:  # nothing is differentiated: one call
-            with policy.noted() as answers, torch.no_grad():
-                base = base_transition(policy, sampler, batch, k, states)
-            for rows in parts(len(batch), None if policy.shares_base else at_a_time):
-                yield target(k, rows, states[rows], base[rows], answers)
-            continue
         solved_rows = []
+        # with as many rows as the tuned model's call will have, differentiated or not: so both round alike, and where nothing has been learned
+        # yet the control is zero, not the rounding of two kernels
         for rows in parts(len(batch), at_a_time):
-            x = states[rows].detach().requires_grad_()
-            with policy.uncheckpointed(), policy.noted() as answers, torch.enable_grad():
-                base = base_transition(policy, sampler, batch[rows], k, x)
-                solved_rows += gradients([sampler.held(base, k, known)], [x], [adjoint[rows]])
+            x, following = states[rows].detach(), adjoint[rows]
+            if k in solved_at:
+                with policy.uncheckpointed(), policy.noted() as answers, torch.enable_grad():
+                    base = base_transition(policy, sampler, batch[rows], k, x.requires_grad_())
+                    solved_rows += gradients([sampler.held(base, k, known)], [x], [following])
+            else:
+                with policy.noted() as answers, torch.no_grad():
+                    base = base_transition(policy, sampler, batch[rows], k, x)
             if k in chosen:
-                yield target(k, rows, x, base, answers)
-        adjoint, known = torch.cat(solved_rows), k
+                kept = [(output.detach(), time) for output, time in answers] if policy.shares_base else None
+                yield Target(k, rows, x.detach(), Transition(base.mean.detach(), base.std.detach()), following, kept)
+        if k in solved_at:
+            adjoint, known = torch.cat(solved_rows), k
 
 
 def solved(

@@ -268,7 +268,8 @@ class Policy(nn.Module):
             elif weights is None:
                 output = first(self.denoiser(*args, **kwargs))
             else:
-                output = first(functional_call(self.denoiser, weights, args, kwargs))
+                # a weight tied to a merged one keeps W, as beside LoRA it does; and nothing looks through all modules for such
+                output = first(functional_call(self.denoiser, weights, args, kwargs, tie_weights=False))
             if self._noted is not None:
                 self._noted.append((output, hook.time))
             return hook.corrected(state_of(args, kwargs), output)

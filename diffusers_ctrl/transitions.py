@@ -48,11 +48,6 @@ class Transition:
     std: torch.Tensor
     denoised: torch.Tensor | None = None
 
-    def __getitem__(self, rows: Any) -> Transition:
-        """Some of its rows."""
-        denoised = None if self.denoised is None else self.denoised[rows]
-        return Transition(self.mean[rows], self.std if self.std.numel() == 1 else self.std[rows], denoised)
-
     @property
     def is_deterministic(self) -> bool:
         """True where the scheduler adds no noise at all: such a step has no density and no KL (std is one number then)."""

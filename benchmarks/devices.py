@@ -31,15 +31,27 @@ class Memory:
         return most - self.before
 
 
+class Anywhere:
+    """In place of the counter's tracker of modules, whose hooks refuse `torch.autograd.grad` with a leaf among its inputs."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *args: object) -> None: ...
+
+
 def counter_of_flops() -> FlopCounterMode:
-    """torch's own, which does not know the attention that it runs on a CPU."""
+    """torch's own, which does not know the attention that it runs on a CPU. It counts as a whole, not by module."""
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     known = {
         attention: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value),
         backward: lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(grad, query, key, value),
     }
-    return FlopCounterMode(display=False, custom_mapping=known)
+    counter = FlopCounterMode(display=False, custom_mapping=known)
+    counter.mod_tracker = Anywhere()
+    return counter
 
 
 def finished(device: str) -> float:

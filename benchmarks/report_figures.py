@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
 
 import matplotlib
@@ -12,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 from records import save_figure  # noqa: E402
-from report_format import read, seeded  # noqa: E402
+from report_format import mean_and_error, read, seeded  # noqa: E402
 from report_tables import LEARNERS, aim_row  # noqa: E402
 
 
@@ -33,8 +32,8 @@ def plot_sample_efficiency(path: Path) -> None:
             (axes[1], "tv", "o:", "plain", "plain"),
         ):
             rows = [[aim_row(one, aim) for one in own if one["num_labels"] == count] for count in counts]
-            means = [statistics.mean(row[key] for row in group) for group in rows]
-            errors = [group[0][f"{key}_se"] / len(group) ** 0.5 for group in rows]
+            points = [mean_and_error([row[key] for row in group], [row[f"{key}_se"] for row in group]) for group in rows]
+            means, errors = zip(*points, strict=True)
             axis.errorbar(counts, means, errors, fmt=style, color=color, ms=4, capsize=3, label=f"{name}, {what}")
     axes[1].axhline(found[0]["tv_floor"], color="black", lw=0.8, ls="--", label="exact draws of the truth")
     axes[0].set(ylabel="accuracy by the exact oracle")

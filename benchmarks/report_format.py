@@ -20,13 +20,18 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def spread(values: Sequence[float], digits: int = 3, own: Sequence[float | None] = (None,)) -> str:
-    """Mean ± standard error over seeds, and never less than what each one's `own` error makes of the mean: two or three may agree by chance."""
+def mean_and_error(values: Sequence[float], own: Sequence[float | None] = (None,)) -> tuple[float, float | None]:
+    """Mean, and standard error over seeds: never less than what each one's `own` error makes of the mean, since two or three may agree by chance."""
     known = [error for error in own if error is not None]
     within = sum(error**2 for error in known) ** 0.5 / len(values) if len(known) == len(values) else None
     across = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-    error = max((error for error in (within, across) if error is not None), default=None)
-    return f"{statistics.mean(values):.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+    return statistics.mean(values), max((error for error in (within, across) if error is not None), default=None)
+
+
+def spread(values: Sequence[float], digits: int = 3, own: Sequence[float | None] = (None,)) -> str:
+    """Mean ± its error, as a table has them."""
+    mean, error = mean_and_error(values, own)
+    return f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
 
 
 def pm(metrics: dict[str, Any], key: str, digits: int = 3) -> str:

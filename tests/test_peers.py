@@ -196,6 +196,7 @@ def test_seeds_are_put_together():
     assert report_format.spread([1.0, 3.0], 1) == "2.0 ± 1.0" and report_format.spread([1.0], 1, [0.25]) == "1.0 ± 0.2"
     assert report_format.spread([1.0, 1.0], 2, [0.3, 0.4]) == "1.00 ± 0.25" and report_format.spread([1.0], 1) == "1.0"
     assert report_format.spread([1.0, 3.0], 1, [0.1, None]) == "2.0 ± 1.0"
+    assert report_format.mean_and_error([1.0, 3.0], [0.1, 0.1]) == (2.0, 1.0) and report_format.mean_and_error([1.0]) == (1.0, None)
     assert report_format.span([1, 2.5]) == "1–2.5" and report_format.span([2]) == "2"
 
 

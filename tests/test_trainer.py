@@ -126,7 +126,7 @@ def test_policy_gradient_steps_several_times_on_one_batch(tmp_path):
 def test_adjoint_matching_may_learn_several_times_from_one_batch(tmp_path):
     """Each pass on other steps; the first is the update that there would be without the others, bit for bit."""
     settings = {"objective": "adjoint_matching", "num_regression_steps": 2, "max_updates": 1, "gradient_accumulation_steps": 2}
-    settings["gradient_batch_size"] = 8  # all: in parts the base's calls have other rows where another pass needs the adjoint there
+    settings["gradient_batch_size"] = 8  # all: by halves, the default, the two differ by a last bit (2e-10)
     once = make_trainer(tmp_path / "once", **settings)
     once.train()
     drawn, seen, found = [], [], []

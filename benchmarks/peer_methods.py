@@ -66,7 +66,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Method:
-    """weights: what is tried. fit: what is made once, before any weight is known. draw: (setting, what was made, weight) -> how to draw.
+    """weights: what is tried. fit: what is made once, before any weight is known, if anything. draw: (setting, what was made, weight) -> how to draw.
 
     priced: whether its steps go through `Base.price`, so that the KL of its paths to the base's is known. adapter: the kind
     that it needs, if any: only for settings that have it. plain: whether a weight of 1 is what Bayes says, for single draws, so that it needs no
@@ -75,7 +75,7 @@ class Method:
 
     weights: tuple[float, ...]
     draw: Callable[[Setting, Any, float], Draw]
-    fit: Callable[[Setting], Any] = lambda s: None
+    fit: Callable[[Setting], Any] | None = None
     priced: bool = False
     adapter: str | None = None
     plain: bool = False
@@ -182,13 +182,13 @@ METHODS = {
         (1, 2, 4, 8, 12, 16), ours(1), lambda s: s.opened("head"), priced=True, adapter="head", plain=True
     ),
     "CTRL, control head, 8 particles": Method((1, 2, 4), ours(8), lambda s: s.opened("head"), adapter="head"),
-    "CFG fine-tuning": Method((1, 2, 3, 5), with_cfg, fit_cfg, plain=True),
-    "DPS": Method((0.25, 0.5, 1, 2, 4), training_free(dps), priced=True, plain=True),
-    "MPGD": Method((0.05, 0.1, 0.2, 0.4, 0.8, 1.6), training_free(mpgd)),
+    "CFG fine-tuning": Method((1, 2, 3, 5, 8, 12), with_cfg, fit_cfg, plain=True),
+    "DPS": Method((0.25, 0.5, 1, 2, 4, 8, 16), training_free(dps), priced=True, plain=True),
+    "MPGD": Method((0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4), training_free(mpgd)),
     "best of n": Method((2, 4, 8, 16), training_free(best_of_n)),
-    "classifier guidance": Method((0.5, 1, 2, 4, 8), with_noisy_classifier, fit_noisy_classifier, priced=True, plain=True),
+    "classifier guidance": Method((0.5, 1, 2, 4, 8, 16, 32), with_noisy_classifier, fit_noisy_classifier, priced=True, plain=True),
     "DRaFT-K, no KL": Method((30, 60), by_rl(draft), priced=True),
     "DDPO, no KL": Method((30, 60), by_rl(ddpo), priced=True),
     "TDS": Method((0.25, 0.5, 1), with_tds),
-    "TFG": Method((0.1, 0.3, 1), training_free(tfg)),
+    "TFG": Method((0.1, 0.3, 1, 3, 10), training_free(tfg)),
 }

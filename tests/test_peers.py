@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +13,13 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from torch.distributions import Normal, kl_divergence
+from tqdm.auto import tqdm
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import gap_spread
+import peer_rows
 from baselines import dps, mpgd
 from baselines.base import open_base
 from exact_reference import JUDGED, VALIDATION, distance, histogram, noise_seed, to_cells
@@ -102,43 +105,108 @@ def test_one_json_a_method_and_none_twice(smoke):
     assert json.loads(paths[1].read_text())["rows"][0]["kl"] == 0
 
 
-def test_the_weight_is_tuned_for_each_aim_by_its_own_figure(smoke, monkeypatch):
-    """Distances and classifier accuracies of three made-up weights: the nearest, and the most accurate."""
-    folder, _ = smoke
-    found = {1.0: (0.2, 0.8), 2.0: (0.3, 0.9), 3.0: (0.4, 0.7)}
-    monkeypatch.setattr(peers, "draw_all", lambda s, draw, per_label, seed: [torch.full((4, 1), draw)])
-    monkeypatch.setattr(peers, "distance_to_law", lambda reference, images: found[images[0][0, 0].item()][0])
+def test_no_adapter_is_trained_for_methods_that_need_none(tmp_path):
+    """The classifier alone is fitted, once."""
+    only = ["--smoke", "--settings", "slant", "--seeds", "0", "--runs", str(tmp_path), "--results", str(tmp_path / "results")]
+    peers.main([*only, "--only", "base"])
+    kept = tmp_path / "slant-0" / "classifier" / "calibration.json"
+    written = kept.stat().st_mtime_ns
+    peers.main([*only, "--only", "exact draws"])
+    assert kept.stat().st_mtime_ns == written and not (tmp_path / "slant-0" / peers.CONFIG_NAME).exists()
+    assert len(list((tmp_path / "results" / "slant-seed0").glob("*.json"))) == 2
 
-    class Made:
-        smoke, labels, reference = False, torch.tensor([[0.0]]), None
 
-        def classifier(self, images, labels):
-            return torch.zeros(len(images))
+class Made:
+    smoke, labels, reference = False, torch.tensor([[0.0]]), None
 
-    weights = (1.0, 2.0, 3.0)
-    best, tried = peers.tuned(Made(), peers.Method(weights, lambda s, fitted, weight: weight), 4, peers.tqdm(disable=True))
-    assert [one["weight"] for one in tried] == list(weights)
-    assert best == {"distance": tried[0], "accuracy": tried[0]}  # equally accurate: the first, which is also the nearest
-    found[2.0], plain = (0.1, 0.9), peers.Method(weights, lambda s, fitted, weight: weight, plain=True)
-    best, tried = peers.tuned(Made(), plain, 4, peers.tqdm(disable=True))
-    assert best == {"plain": tried[0], "distance": tried[1], "accuracy": tried[0]}
+    def classifier(self, images, labels):
+        return torch.zeros(len(images))
+
+
+@pytest.fixture
+def found(monkeypatch):
+    """Distances and classifier accuracies of made-up weights, and of which images were drawn, by (weight, use of the noise)."""
+    table, drawn = {1.0: (0.2, 0.8), 2.0: (0.3, 0.9), 3.0: (0.4, 0.7)}, []
+
+    def draw_all(s, draw, per_label, use):
+        drawn.append((draw, use))
+        return [torch.full((4, 1), draw)]
+
+    monkeypatch.setattr(peer_rows, "draw_all", draw_all)
+    monkeypatch.setattr(peer_rows, "distance_to_law", lambda reference, images: table[images[0][0, 0].item()][0])
+    # the score of the label asked for, and of one that is better in as many images as the table says are wrong
+    monkeypatch.setattr(peer_rows, "of_each", lambda images, rows, classifier: scores_of(table[images[0, 0].item()][1]))
+    monkeypatch.setattr(peer_rows, "judged_row", lambda s, name, draw, outputs: {"judged": draw})
+    return table, drawn
+
+
+def scores_of(right, count=10):
+    """(count, 2): the first label is the best of a share of `right`."""
+    best = (torch.arange(count) < round(right * count)).double()
+    return torch.stack([best, 1 - best], dim=1)
+
+
+def test_the_weight_is_tuned_for_each_aim_by_its_own_figure(found):
+    """The nearest, the most accurate, and the value of 1."""
+    table, _ = found
+    weights, bar = (1.0, 2.0, 3.0), tqdm(disable=True)
+    best, tried, _ = peer_rows.tuned(Made(), peer_methods.Method(weights, lambda s, fitted, weight: weight), 4, bar)
+    assert [one["weight"] for one in tried] == list(weights) and [one["classifier_accuracy"] for one in tried] == [0.8, 0.9, 0.7]
+    assert best == {"distance": tried[0], "accuracy": tried[1]}
+    table[2.0], plain = (0.1, 0.9), peer_methods.Method(weights, lambda s, fitted, weight: weight, plain=True)
+    best, tried, _ = peer_rows.tuned(Made(), plain, 4, bar)
+    assert best == {"plain": tried[0], "distance": tried[1], "accuracy": tried[1]}
+    table[3.0] = (0.5, 0.9)  # as accurate as a smaller one, which stays
+    best, tried, _ = peer_rows.tuned(Made(), plain, 4, bar)
+    assert best["accuracy"] is tried[1]
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+def test_more_weights_are_tried_beside_those_of_a_result(fitted, found, monkeypatch):
+    """What was drawn stays, row by row and with its commit; of a method that is fitted first nothing does."""
+    table, drawn = found
+    method = peer_methods.Method(
+        (1.0, 2.0), lambda s, fitted, weight: weight, fit=(lambda s: "made") if fitted else None, plain=True
+    )
+    monkeypatch.setitem(peer_methods.METHODS, "m", method)
+    run = lambda earlier: peer_rows.rows_of(Made(), "m", 8, 4, tqdm(disable=True), earlier)  # noqa: E731
+    old = [{"commit": "before", **row} for row in run(None)]
+    assert [(row["weight"], row["tuned_for"], row["judged"]) for row in old] == [
+        (1.0, ["distance", "plain"], 1.0),
+        (2.0, ["accuracy"], 2.0),
+    ]
+    drawn.clear()
+    table[3.0] = (0.4, 1.0)
+    monkeypatch.setitem(peer_methods.METHODS, "m", replace(method, weights=(1.0, 2.0, 3.0)))
+    assert not peers.has_tried(old, "m")
+    rows = run(old)
+    assert peers.has_tried(rows, "m") and [one["weight"] for one in rows[0]["tried"]] == [1.0, 2.0, 3.0]
+    assert [(row["weight"], row["tuned_for"], row["judged"]) for row in rows] == [
+        (1.0, ["distance", "plain"], 1.0),
+        (3.0, ["accuracy"], 3.0),
+    ]
+    assert [row.get("commit") for row in rows] == [None if fitted else "before", None]
+    assert [weight for weight, _ in drawn] == ([1.0, 2.0, 3.0] if fitted else [3.0])
 
 
 def test_results_of_other_noise_or_without_a_plain_row_are_run_again(tmp_path):
-    assert all(1 in method.weights for method in peers.METHODS.values() if method.plain)
-    weights, noise = peers.METHODS["DPS"].weights, noise_seed(1, JUDGED)
-    for name, aims, weight, drawn, done in (
-        ("new", ["plain", "distance"], 1, noise, True),
-        ("old", ["distance"], 1, noise, False),
-        ("other", ["plain"], 2, noise, False),
-        ("of seed 0", ["plain"], 1, noise_seed(0, JUDGED), False),
+    assert all(1 in method.weights for method in peer_methods.METHODS.values() if method.plain)
+    weights, noise = peer_methods.METHODS["DPS"].weights, noise_seed(1, JUDGED)
+    for name, aims, weight, drawn, kept, done in (
+        ("new", ["plain", "distance"], 1, noise, True, True),
+        ("old", ["distance"], 1, noise, True, False),
+        ("other", ["plain"], 2, noise, True, False),
+        ("of seed 0", ["plain"], 1, noise_seed(0, JUDGED), False, False),
     ):
         row = {"tuned_for": aims, "tried": [{"weight": one * weight} for one in weights]}
-        (tmp_path / name).write_text(json.dumps({"seed": 1, "noise_seed": drawn, "rows": [row]}))
-        assert peers.has_tried(tmp_path / name, "DPS") == done
-    row = {"tuned_for": ["distance"], "tried": [{"weight": one} for one in peers.METHODS["best of n"].weights]}
-    (tmp_path / "best").write_text(json.dumps({"seed": 1, "noise_seed": noise, "rows": [row]}))
-    assert peers.has_tried(tmp_path / "best", "best of n")
+        about = {"seed": 1, "noise_seed": drawn, "outputs": 60, "validation": 20, "commit": "c"}
+        (tmp_path / name).write_text(json.dumps({**about, "rows": [row]}))
+        rows = peers.earlier_rows(tmp_path / name, 60, 20)
+        assert rows == ([{**row, "commit": "c"}] if kept else []) and peers.has_tried(rows, "DPS") == done
+        assert peers.earlier_rows(tmp_path / name, 120, 20) == peers.earlier_rows(tmp_path / name, 60, 30) == []
+    assert peers.earlier_rows(tmp_path / "none", 60, 20) == [] and not peers.has_tried([], "DPS")
+    row = {"tuned_for": ["distance"], "tried": [{"weight": one} for one in peer_methods.METHODS["best of n"].weights]}
+    assert peers.has_tried([row], "best of n")
 
 
 def test_each_seed_and_use_has_noise_of_its_own(base):
@@ -146,7 +214,7 @@ def test_each_seed_and_use_has_noise_of_its_own(base):
     drawn = []
     for seed, use in product((0, 1), (VALIDATION, JUDGED)):
         setting = SimpleNamespace(seed=seed, base=base, labels=torch.zeros(2, 1))
-        one, other = (peers.draw_all(setting, lambda y, prompts, g: base.draw(prompts, g), 3, use) for _ in range(2))
+        one, other = (peer_rows.draw_all(setting, lambda y, prompts, g: base.draw(prompts, g), 3, use) for _ in range(2))
         assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
         drawn += [torch.cat(one)]
     pictures = torch.cat(drawn).flatten(1)
@@ -226,26 +294,6 @@ def test_a_spread_and_what_was_claimed():
     assert found["claimed"] == pytest.approx((0.25 / 3) ** 0.5) and found["ratio"] == pytest.approx(12**0.5)
 
 
-@pytest.mark.parametrize(
-    ("missing", "there", "kind"),
-    [
-        (["CTRL", "CTRL, control head"], [], "recipe"),
-        (["CTRL, control head", "DPS"], [], "head"),  # no training of the recipe for its classifier alone
-        (["CTRL, trained longer"], ["recipe"], "recipe"),
-        (["DPS"], ["head"], "head"),
-        (["DPS"], ["head", "recipe"], "recipe"),
-        (["DPS"], [], "recipe"),
-        (["DPS"], ["longer"], "longer"),
-    ],
-)
-def test_the_classifier_is_that_of_an_adapter_that_is_needed_or_there(missing, there, kind, tmp_path):
-    for other in there:
-        folder = peers.folder_of("stroke", 1, other, tmp_path)
-        folder.mkdir()
-        (folder / peers.CONFIG_NAME).touch()
-    assert peers.whose_classifier("stroke", 1, missing, tmp_path) == kind
-
-
 def test_an_adapter_of_other_settings_is_not_taken(smoke, tmp_path):
     """A toy one among those of the table, whose steps and seed are others."""
     folder, _ = smoke
@@ -262,7 +310,7 @@ def test_adapters_of_other_classifiers_are_not_compared(smoke, tmp_path):
     for parameter in other.classifier.parameters():
         parameter.data *= 1.5
     save_adapter(tmp_path / "stroke-0-longer", other)
-    with pytest.raises(SystemExit, match="stroke-0 and .*stroke-0-longer have other classifiers: delete one"):
+    with pytest.raises(SystemExit, match="stroke-0-longer has another classifier than .*stroke-0: delete one"):
         peers.open_setting("stroke", 0, tmp_path, 300, smoke=True)
 
 
@@ -271,6 +319,6 @@ def test_results_of_another_classifier_are_found(tmp_path):
     peers.check_partition(tmp_path, -1.2504, 300)
     peers.check_partition(tmp_path, -1.3, 400)
     with pytest.raises(
-        SystemExit, match="DPS.json is of another classifier: its log Z is -1.2500, and that of the adapters at hand -1.3000"
+        SystemExit, match="DPS.json is of another classifier: its log Z is -1.2500, and that of the one at hand -1.3000"
     ):
         peers.check_partition(tmp_path, -1.3, 300)

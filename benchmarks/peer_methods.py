@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,7 +66,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Method:
-    """weights: what is tried. fit: what is made once, before any weight is known, if anything. draw: (setting, what was made, weight) -> how to draw.
+    """weights: what is tried; open_ended: and beyond, by the ratio of the last two, as long as the last is the best for an aim. fit: what is made once, before any weight is known, if anything. draw: (setting, what was made, weight) -> how to draw.
 
     priced: whether its steps go through `Base.price`, so that the KL of its paths to the base's is known. adapter: the kind
     that it needs, if any: only for settings that have it. plain: whether a weight of 1 is what Bayes says, for single draws, so that it needs no
@@ -79,6 +79,15 @@ class Method:
     priced: bool = False
     adapter: str | None = None
     plain: bool = False
+    open_ended: bool = False
+
+    def next_weight(self, tried: Sequence[float], best: Collection[float]) -> float | None:
+        """What is to be tried after these, if anything. best: those of them that are the best for an aim."""
+        if len(tried) < len(self.weights):
+            return self.weights[len(tried)]
+        if self.open_ended and tried[-1] in best:
+            return float(f"{tried[-1] * self.weights[-1] / self.weights[-2]:.2g}")
+        return None
 
 
 def training_free(module: Any) -> Callable[[Setting, Any, float], Draw]:
@@ -179,16 +188,18 @@ METHODS = {
     "CTRL, 8 particles": Method((1, 2.5, 4), ours(8), lambda s: s.opened(RECIPE), adapter=RECIPE),
     "CTRL, trained longer": Method((1, 2, 4, 8), ours(1), lambda s: s.opened("longer"), priced=True, adapter="longer", plain=True),
     "CTRL, control head": Method(
-        (1, 2, 4, 8, 12, 16), ours(1), lambda s: s.opened("head"), priced=True, adapter="head", plain=True
+        (1, 2, 4, 8, 12, 16), ours(1), lambda s: s.opened("head"), priced=True, adapter="head", plain=True, open_ended=True
     ),
     "CTRL, control head, 8 particles": Method((1, 2, 4), ours(8), lambda s: s.opened("head"), adapter="head"),
-    "CFG fine-tuning": Method((1, 2, 3, 5, 8, 12), with_cfg, fit_cfg, plain=True),
-    "DPS": Method((0.25, 0.5, 1, 2, 4, 8, 16), training_free(dps), priced=True, plain=True),
-    "MPGD": Method((0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4), training_free(mpgd)),
+    "CFG fine-tuning": Method((1, 2, 3, 5, 8, 12), with_cfg, fit_cfg, plain=True, open_ended=True),
+    "DPS": Method((0.25, 0.5, 1, 2, 4, 8, 16), training_free(dps), priced=True, plain=True, open_ended=True),
+    "MPGD": Method((0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4), training_free(mpgd), open_ended=True),
     "best of n": Method((2, 4, 8, 16), training_free(best_of_n)),
-    "classifier guidance": Method((0.5, 1, 2, 4, 8, 16, 32), with_noisy_classifier, fit_noisy_classifier, priced=True, plain=True),
+    "classifier guidance": Method(
+        (0.5, 1, 2, 4, 8, 16, 32), with_noisy_classifier, fit_noisy_classifier, priced=True, plain=True, open_ended=True
+    ),
     "DRaFT-K, no KL": Method((30, 60), by_rl(draft), priced=True),
     "DDPO, no KL": Method((30, 60), by_rl(ddpo), priced=True),
     "TDS": Method((0.25, 0.5, 1), with_tds),
-    "TFG": Method((0.1, 0.3, 1, 3, 10), training_free(tfg)),
+    "TFG": Method((0.1, 0.3, 1, 3, 10), training_free(tfg), open_ended=True),
 }

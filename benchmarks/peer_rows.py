@@ -95,40 +95,54 @@ def priced(s: Setting, draw: Draw, per_label: int) -> dict[str, float]:
     return out
 
 
+def best_of(tried: list[dict[str, Any]], method: Method) -> dict[str, dict[str, Any]]:
+    """{aim: what was tried}: the nearest; the most accurate by the classifier, of equals the first; `plain`, the weight of 1, where Bayes says so."""
+    best = {"distance": min(tried, key=lambda one: one["tv"]), "accuracy": max(tried, key=lambda one: one["classifier_accuracy"])}
+    if method.plain and (plain := [one for one in tried if one["weight"] == 1]):
+        best[PLAIN] = plain[0]
+    return best
+
+
+def validated(s: Setting, draw: Draw, validation: int) -> dict[str, float]:
+    """How near to the exact law, and how often the classifier reads the label that was asked for."""
+    images, right = draw_all(s, draw, validation, VALIDATION), []
+    for row, own in enumerate(images):
+        with torch.no_grad():
+            scores = of_each(own, s.labels, s.classifier)
+        right.append((scores.argmax(dim=1) == row).double().mean().item())
+    return {"tv": distance_to_law(s.reference, images), "classifier_accuracy": sum(right) / len(right)}
+
+
 def tuned(
     s: Setting, method: Method, validation: int, bar: tqdm, known: dict[float, dict[str, Any]] | None = None
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]], Callable[[float], Draw]]:
-    """{aim: what was tried}: `plain`, the weight of 1, where Bayes says so; the best by distance; the most accurate by the classifier.
+    """{aim: what was tried}, as `best_of` has it, all that was tried, and how to draw with a weight.
 
-    And all that was tried, and how to draw with a weight. known: by its weight what was tried before, and is not again.
+    known: by its weight what was tried before, and is not again.
     """
     started = time.perf_counter()
-    fitted, tried = method.fit(s) if method.fit else None, []
+    fitted = method.fit(s) if method.fit else None
     fitting = fitted.seconds if isinstance(fitted, Trained) else time.perf_counter() - started
 
     @cache
     def draw_with(weight: float) -> Draw:
         return method.draw(s, fitted, weight)
 
-    for weight in method.weights[:1] if s.smoke else method.weights:
+    tried: list[dict[str, Any]] = []
+    best: dict[str, dict[str, Any]] = {}
+    while (weight := method.next_weight([one["weight"] for one in tried], [one["weight"] for one in best.values()])) is not None:
         if known and weight in known:
-            tried.append(known[weight])
-            continue
-        started = time.perf_counter()
-        draw = draw_with(weight)
-        training = fitting + time.perf_counter() - started
-        images = draw_all(s, draw, validation, VALIDATION)
-        right = []
-        for row, own in enumerate(images):
-            with torch.no_grad():
-                scores = of_each(own, s.labels, s.classifier)
-            right.append((scores.argmax(dim=1) == row).double().mean().item())
-        tried.append({"weight": weight, "tv": distance_to_law(s.reference, images), "classifier_accuracy": sum(right) / len(right)})
-        tried[-1] |= {"training": training}
-        bar.set_postfix(weight=weight, tv=f"{tried[-1]['tv']:.3f}", accuracy=f"{tried[-1]['classifier_accuracy']:.3f}")
-    best = {"distance": min(tried, key=lambda one: one["tv"]), "accuracy": max(tried, key=lambda one: one["classifier_accuracy"])}
-    if method.plain and (plain := [one for one in tried if one["weight"] == 1]):
-        best[PLAIN] = plain[0]
+            one = known[weight]
+        else:
+            started = time.perf_counter()
+            draw = draw_with(weight)
+            training = fitting + time.perf_counter() - started
+            one = {"weight": weight, **validated(s, draw, validation), "training": training}
+            bar.set_postfix(weight=weight, tv=f"{one['tv']:.3f}", accuracy=f"{one['classifier_accuracy']:.3f}")
+        tried.append(one)
+        best = best_of(tried, method)
+        if s.smoke:
+            break
     return best, tried, draw_with
 
 

@@ -177,7 +177,9 @@ def has_tried(rows: list[dict[str, Any]], method: str) -> bool:
     if not rows:
         return False
     plain = any(PLAIN in row["tuned_for"] for row in rows)
-    return [one["weight"] for one in rows[0]["tried"]] == list(METHODS[method].weights) and plain >= METHODS[method].plain
+    tried, weights = [one["weight"] for one in rows[0]["tried"]], METHODS[method].weights
+    ended = METHODS[method].next_weight(tried, [row["weight"] for row in rows]) is None
+    return tried[: len(weights)] == list(weights) and ended and plain >= METHODS[method].plain
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -183,7 +183,7 @@ def ours(particles: int) -> Callable[[Setting, Trained, float], Draw]:
 
 METHODS = {
     "base": Method((0,), lambda s, _, weight: lambda y, prompts, g: s.base.draw(prompts, g), priced=True),
-    "exact draws": Method((1,), exact),
+    "exact draws": Method((1, 2, 4, 8), exact, plain=True, open_ended=True),
     "CTRL": Method((1, 1.6, 2.5, 4), ours(1), lambda s: s.opened(RECIPE), priced=True, adapter=RECIPE, plain=True),
     "CTRL, 8 particles": Method((1, 2.5, 4), ours(8), lambda s: s.opened(RECIPE), adapter=RECIPE),
     "CTRL, trained longer": Method((1, 2, 4, 8), ours(1), lambda s: s.opened("longer"), priced=True, adapter="longer", plain=True),

@@ -11,7 +11,7 @@ is not run again, unless it was drawn with other noise or other numbers of image
 and judged if one is better (of a method that is fitted first, all of them again); a row with a `commit` of its own was kept from an earlier run.
 `CTRL, trained longer` and `CTRL, control head` have adapters of their own, of the same classifier, in runs/peers/SETTING-SEED-longer and -head, for
 the settings under `variants` in that file.
-`exact draws` are base samples, resampled by p̂ as the exact law has it.
+`exact draws` are base samples, resampled by p̂^gamma as the exact law has it: what CTRL aims at, for every gamma.
 
 Columns: accuracy, macro-F1, worst label; prompt accuracy; distances of exact_reference.py, for exact draws also from set to set; KL of the paths to the base's and
 the gap to the exact law at gamma = 1 that it bounds, where the method's steps are Gaussian ones; diversity: mean distance of two pictures of the same

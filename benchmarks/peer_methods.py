@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,7 +66,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class Method:
-    """weights: what is tried; open_ended: and beyond, by the ratio of the last two, as long as the last is the best for an aim. fit: what is made once, before any weight is known, if anything. draw: (setting, what was made, weight) -> how to draw.
+    """weights: what is tried; open_ended: and beyond, by the ratio of the last two, as long as the last is the best for an aim
+    and could be better. fit: what is made once, before any weight is known, if anything. draw: (setting, what was made, weight) -> how to draw.
 
     priced: whether its steps go through `Base.price`, so that the KL of its paths to the base's is known. adapter: the kind
     that it needs, if any: only for settings that have it. plain: whether a weight of 1 is what Bayes says, for single draws, so that it needs no
@@ -81,13 +82,16 @@ class Method:
     plain: bool = False
     open_ended: bool = False
 
-    def next_weight(self, tried: Sequence[float], best: Collection[float]) -> float | None:
-        """What is to be tried after these, if anything. best: those of them that are the best for an aim."""
+    def next_weight(self, tried: Sequence[dict[str, Any]]) -> float | None:
+        """What is to be tried after these, if anything. tried: the weights, total variations and the classifier's accuracies."""
         if len(tried) < len(self.weights):
             return self.weights[len(tried)]
-        if self.open_ended and tried[-1] in best:
-            return float(f"{tried[-1] * self.weights[-1] / self.weights[-2]:.2g}")
-        return None
+        if not self.open_ended:
+            return None
+        *others, last = tried
+        nearest = last["tv"] < min(one["tv"] for one in others)
+        sharpest = max(one["classifier_accuracy"] for one in others) < last["classifier_accuracy"] < 1
+        return float(f"{last['weight'] * self.weights[-1] / self.weights[-2]:.2g}") if nearest or sharpest else None
 
 
 def training_free(module: Any) -> Callable[[Setting, Any, float], Draw]:

@@ -129,8 +129,7 @@ def tuned(
         return method.draw(s, fitted, weight)
 
     tried: list[dict[str, Any]] = []
-    best: dict[str, dict[str, Any]] = {}
-    while (weight := method.next_weight([one["weight"] for one in tried], [one["weight"] for one in best.values()])) is not None:
+    while (weight := method.next_weight(tried)) is not None:
         if known and weight in known:
             one = known[weight]
         else:
@@ -140,10 +139,9 @@ def tuned(
             one = {"weight": weight, **validated(s, draw, validation), "training": training}
             bar.set_postfix(weight=weight, tv=f"{one['tv']:.3f}", accuracy=f"{one['classifier_accuracy']:.3f}")
         tried.append(one)
-        best = best_of(tried, method)
         if s.smoke:
             break
-    return best, tried, draw_with
+    return best_of(tried, method), tried, draw_with
 
 
 def base_seconds(s: Setting, n: int) -> float:

@@ -177,9 +177,9 @@ def has_tried(rows: list[dict[str, Any]], method: str) -> bool:
     if not rows:
         return False
     plain = any(PLAIN in row["tuned_for"] for row in rows)
-    tried, weights = [one["weight"] for one in rows[0]["tried"]], METHODS[method].weights
-    ended = METHODS[method].next_weight(tried, [row["weight"] for row in rows]) is None
-    return tried[: len(weights)] == list(weights) and ended and plain >= METHODS[method].plain
+    tried, weights = rows[0]["tried"], METHODS[method].weights
+    same = [one["weight"] for one in tried[: len(weights)]] == list(weights)
+    return same and METHODS[method].next_weight(tried) is None and plain >= METHODS[method].plain
 
 
 def main(arguments: list[str] | None = None) -> None:

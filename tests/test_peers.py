@@ -193,15 +193,23 @@ def test_more_weights_are_tried_beside_those_of_a_result(fitted, found, monkeypa
 def test_weights_go_on_while_the_last_is_the_best(open_ended, found):
     """By the ratio of the last two, so that no method's best is one that only its list has made the last."""
     table, _ = found
-    table |= {2.0: (0.3, 0.8), 4.0: (0.5, 0.9), 8.0: (0.6, 1.0), 16.0: (0.7, 1.0), 32.0: (0.1, 1.0)}
-    table[1.0] = (0.2, 0.7)
+    table |= {1.0: (0.2, 0.6), 2.0: (0.3, 0.7), 4.0: (0.5, 0.8), 8.0: (0.6, 0.9), 16.0: (0.7, 0.9), 32.0: (0.1, 1.0)}
     method = peer_methods.Method((1.0, 2.0), lambda s, fitted, weight: weight, open_ended=open_ended)
     best, tried, _ = peer_rows.tuned(Made(), method, 4, tqdm(disable=True))
     assert [one["weight"] for one in tried] == ([1.0, 2.0, 4.0, 8.0, 16.0] if open_ended else [1.0, 2.0])
     assert best["accuracy"]["weight"] == (8.0 if open_ended else 2.0) and best["distance"]["weight"] == 1.0
-    assert method.next_weight([1.0, 2.0, 4.0], [1.0, 2.0]) is None
-    twelve = replace(method, weights=(8, 12))
-    assert twelve.next_weight([8, 12], [12]) == (18 if open_ended else None)
+    for figures, after in (
+        ((0.3, 0.9), 18),
+        ((0.1, 0.5), 18),
+        ((0.2, 0.8), None),
+        ((0.2, 1.0), None),
+    ):  # the last: it has no better
+        last = dict(zip(("tv", "classifier_accuracy"), figures, strict=True))
+        tried = [{"weight": 8, "tv": 0.2, "classifier_accuracy": 0.8}, {"weight": 12, **last}]
+        assert replace(method, weights=(8, 12)).next_weight(tried) == (after if open_ended else None)
+
+
+FLAT = {"tv": 0.2, "classifier_accuracy": 0.5}  # wherever it is measured
 
 
 def test_results_of_other_noise_or_without_a_plain_row_are_run_again(tmp_path):
@@ -213,7 +221,7 @@ def test_results_of_other_noise_or_without_a_plain_row_are_run_again(tmp_path):
         ("other", ["plain"], 2, noise, True, False),
         ("of seed 0", ["plain"], 1, noise_seed(0, JUDGED), False, False),
     ):
-        row = {"tuned_for": aims, "weight": weight, "tried": [{"weight": one * weight} for one in weights]}
+        row = {"tuned_for": aims, "tried": [{"weight": one * weight, **FLAT} for one in weights]}
         about = {"seed": 1, "noise_seed": drawn, "outputs": 60, "validation": 20, "commit": "c"}
         (tmp_path / name).write_text(json.dumps({**about, "rows": [row]}))
         rows = peers.earlier_rows(tmp_path / name, 60, 20)
@@ -222,8 +230,10 @@ def test_results_of_other_noise_or_without_a_plain_row_are_run_again(tmp_path):
     assert peers.earlier_rows(tmp_path / "none", 60, 20) == [] and not peers.has_tried([], "DPS")
     for name, done in (("best of n", True), ("MPGD", False)):  # one whose largest is its price, and one that goes on
         weights = peer_methods.METHODS[name].weights
-        row = {"tuned_for": ["accuracy"], "weight": weights[-1], "tried": [{"weight": one} for one in weights]}
-        assert peers.has_tried([row], name) == done and peers.has_tried([{**row, "weight": weights[-2]}], name)
+        row = {"tuned_for": ["accuracy"], "tried": [{"weight": one, **FLAT} for one in weights]}
+        assert peers.has_tried([row], name)
+        row["tried"][-1]["tv"] = 0.1
+        assert peers.has_tried([row], name) == done
 
 
 def test_each_seed_and_use_has_noise_of_its_own(base):

@@ -83,6 +83,11 @@ class Reference:
         """(size,) probabilities."""
         return histogram(self.cells, self.log_weights[:, label].exp(), self.size)
 
+    def effective_sizes(self, label: int, gamma: float = 1.0) -> torch.Tensor:
+        """(num_prompts,) effective sample sizes of the weights that `draws` draws by: of how few pictures these are."""
+        rows = [torch.arange(prompt, len(self.cells), self.num_prompts) for prompt in range(self.num_prompts)]
+        return torch.stack([1 / (gamma * self.log_weights[own, label]).softmax(dim=0).square().sum() for own in rows])
+
     def draws(self, label: int, prompts: torch.Tensor, generator: torch.Generator, gamma: float = 1.0) -> torch.Tensor:
         """Rows of the pool, drawn from the exact law of each of `prompts` (n,). gamma: a power of the weights."""
         out = torch.empty(len(prompts), dtype=torch.long)

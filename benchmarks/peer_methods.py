@@ -19,6 +19,7 @@ from task import TaskConfig
 
 PLAIN = "plain"  # the aim that a weight of 1 serves
 RECIPE = "recipe"  # the kind of adapter that a setting's own recipe trains
+EXACT = "exact draws"
 Draw = Callable[[torch.Tensor, torch.Tensor, torch.Generator], torch.Tensor]  # label (A,), prompt rows (n,), generator -> images
 
 
@@ -64,6 +65,11 @@ class Setting:
         return min(count, 2) if self.smoke else count
 
 
+def sharpness(one: dict[str, Any]) -> float:
+    """The classifier's accuracy of what was tried, without the rounding that would part equals."""
+    return round(one["classifier_accuracy"], 9)
+
+
 @dataclass(frozen=True)
 class Method:
     """weights: what is tried; open_ended: and beyond, by the ratio of the last two, as long as the last is the best for an aim
@@ -90,7 +96,7 @@ class Method:
             return None
         *others, last = tried
         nearest = last["tv"] < min(one["tv"] for one in others)
-        sharpest = max(one["classifier_accuracy"] for one in others) < last["classifier_accuracy"] < 1
+        sharpest = max(map(sharpness, others)) < sharpness(last) < 1
         return float(f"{last['weight'] * self.weights[-1] / self.weights[-2]:.2g}") if nearest or sharpest else None
 
 
@@ -187,7 +193,7 @@ def ours(particles: int) -> Callable[[Setting, Trained, float], Draw]:
 
 METHODS = {
     "base": Method((0,), lambda s, _, weight: lambda y, prompts, g: s.base.draw(prompts, g), priced=True),
-    "exact draws": Method((1, 2, 4, 8), exact, plain=True, open_ended=True),
+    EXACT: Method((1, 2, 4, 8), exact, plain=True, open_ended=True),
     "CTRL": Method((1, 1.6, 2.5, 4), ours(1), lambda s: s.opened(RECIPE), priced=True, adapter=RECIPE, plain=True),
     "CTRL, 8 particles": Method((1, 2.5, 4), ours(8), lambda s: s.opened(RECIPE), adapter=RECIPE),
     "CTRL, trained longer": Method((1, 2, 4, 8), ours(1), lambda s: s.opened("longer"), priced=True, adapter="longer", plain=True),
@@ -196,7 +202,7 @@ METHODS = {
     ),
     "CTRL, control head, 8 particles": Method((1, 2, 4), ours(8), lambda s: s.opened("head"), adapter="head"),
     "CFG fine-tuning": Method((1, 2, 3, 5, 8, 12), with_cfg, fit_cfg, plain=True, open_ended=True),
-    "DPS": Method((0.25, 0.5, 1, 2, 4, 8, 16), training_free(dps), priced=True, plain=True, open_ended=True),
+    "DPS": Method((0.12, 0.25, 0.5, 1, 2, 4, 8, 16), training_free(dps), priced=True, plain=True, open_ended=True),
     "MPGD": Method((0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4), training_free(mpgd), open_ended=True),
     "best of n": Method((2, 4, 8, 16), training_free(best_of_n)),
     "classifier guidance": Method(
@@ -204,6 +210,6 @@ METHODS = {
     ),
     "DRaFT-K, no KL": Method((30, 60), by_rl(draft), priced=True),
     "DDPO, no KL": Method((30, 60), by_rl(ddpo), priced=True),
-    "TDS": Method((0.25, 0.5, 1), with_tds),
+    "TDS": Method((0.06, 0.12, 0.25, 0.5, 1), with_tds, open_ended=True),
     "TFG": Method((0.1, 0.3, 1, 3, 10), training_free(tfg), open_ended=True),
 }

@@ -26,7 +26,7 @@ from exact_reference import (
 from tqdm.auto import tqdm
 
 from diffusers_ctrl.accuracy import agreement
-from peer_methods import METHODS, PLAIN, Draw, Method, Setting, Trained
+from peer_methods import EXACT, METHODS, PLAIN, Draw, Method, Setting, Trained, sharpness
 from task import attribute_oracle
 
 
@@ -97,7 +97,7 @@ def priced(s: Setting, draw: Draw, per_label: int) -> dict[str, float]:
 
 def best_of(tried: list[dict[str, Any]], method: Method) -> dict[str, dict[str, Any]]:
     """{aim: what was tried}: the nearest; the most accurate by the classifier, of equals the first; `plain`, the weight of 1, where Bayes says so."""
-    best = {"distance": min(tried, key=lambda one: one["tv"]), "accuracy": max(tried, key=lambda one: one["classifier_accuracy"])}
+    best = {"distance": min(tried, key=lambda one: one["tv"]), "accuracy": max(tried, key=sharpness)}
     if method.plain and (plain := [one for one in tried if one["weight"] == 1]):
         best[PLAIN] = plain[0]
     return best
@@ -105,12 +105,10 @@ def best_of(tried: list[dict[str, Any]], method: Method) -> dict[str, dict[str, 
 
 def validated(s: Setting, draw: Draw, validation: int) -> dict[str, float]:
     """How near to the exact law, and how often the classifier reads the label that was asked for."""
-    images, right = draw_all(s, draw, validation, VALIDATION), []
-    for row, own in enumerate(images):
-        with torch.no_grad():
-            scores = of_each(own, s.labels, s.classifier)
-        right.append((scores.argmax(dim=1) == row).double().mean().item())
-    return {"tv": distance_to_law(s.reference, images), "classifier_accuracy": sum(right) / len(right)}
+    images = draw_all(s, draw, validation, VALIDATION)
+    with torch.no_grad():
+        right = [(of_each(own, s.labels, s.classifier).argmax(dim=1) == row).sum().item() for row, own in enumerate(images)]
+    return {"tv": distance_to_law(s.reference, images), "classifier_accuracy": sum(right) / sum(map(len, images))}
 
 
 def tuned(
@@ -151,7 +149,7 @@ def base_seconds(s: Setting, n: int) -> float:
     return (time.perf_counter() - started) / n
 
 
-def judged_row(s: Setting, name: str, draw: Draw, outputs: int) -> dict[str, Any]:
+def judged_row(s: Setting, name: str, weight: float, draw: Draw, outputs: int) -> dict[str, Any]:
     """A method's figures with one weight, and what it costs."""
     s.base.calls.clear()
     alike = min(BATCH, outputs)  # as many at a time as the method draws
@@ -163,8 +161,9 @@ def judged_row(s: Setting, name: str, draw: Draw, outputs: int) -> dict[str, Any
     row |= {f"{way}_calls": s.base.calls[way] / count for way in ("forward", "backward")}
     row["seconds_a_sample"] = seconds / count
     row["times_base"] = row["seconds_a_sample"] / ((before + base_seconds(s, alike)) / 2)
-    if name == "exact draws":
+    if name == EXACT:
         row |= of_exact_draws(s.reference, outputs, torch.Generator().manual_seed(noise_seed(s.seed, FLOORS)))
+        row["smallest_ess"] = min(s.reference.effective_sizes(label, weight).min().item() for label in range(len(s.labels)))
     if METHODS[name].priced:
         row |= priced(s, draw, 10 if s.smoke else PATHS)
     return row
@@ -175,7 +174,7 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     """One row for each weight that is best for something.
 
-    earlier: rows of the same method and noise, which stay as they are, but for a method that is fitted first: another fit is another law.
+    earlier: rows of the same method and noise, whose figures stay, but for a method that is fitted first: another fit is another law.
     """
     earlier = None if METHODS[name].fit else earlier
     judged = {row["weight"]: row for row in earlier or []}
@@ -185,7 +184,7 @@ def rows_of(
     for chosen in tried:
         if aims := sorted(aim for aim, one in best.items() if one is chosen):
             weight = chosen["weight"]
-            row = judged.get(weight) or judged_row(s, name, draw_with(weight), outputs)
+            row = judged.get(weight) or judged_row(s, name, weight, draw_with(weight), outputs)
             of = {"weight": weight, "seconds_training": chosen["training"], "tried": tried}
             rows.append({**row, **of, "tuned_for": aims})
     return rows

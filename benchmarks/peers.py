@@ -4,7 +4,8 @@
 
 A setting of experiments/peers.yaml and a seed are labelled images, which the trained baselines learn from, and a classifier of them, which is everybody's
 p̂(y | x); it is fitted first where runs/peers/SETTING-SEED does not have it, and an adapter is trained where a method that is asked for needs it. Every method's one number is tuned on `--validation` images
-a label, the same for all, twice: for the distance to the exact law (total variation), and for accuracy by the *classifier*, which is all that a
+a label, the same for all: of the values of peer_methods.py, and where they are a strength beyond these by the ratio of the last two, as long as the last is
+better than all before it. It is tuned twice: for the distance to the exact law (total variation), and for accuracy by the *classifier*, which is all that a
 user could do; of a method for which Bayes says 1 that value has a row too, `plain`, which needs no tuning. The oracles judge only the finished
 table. All methods of a seed draw with the same noise, each seed with its own. One JSON a method in results/peers/SETTING-seedSEED/; what is there
 is not run again, unless it was drawn with other noise or other numbers of images. Where peer_methods.py has more weights to try than a result, these are tried too,
@@ -24,6 +25,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +45,6 @@ from exact_reference import (  # noqa: E402
     noise_seed,
     of_each,
 )
-from peer_rows import rows_of  # noqa: E402
 
 import train_ctrl  # noqa: E402
 from diffusers_ctrl import Classifier, CTRLConfig  # noqa: E402
@@ -53,10 +54,12 @@ from digits_data import digit_oracle  # noqa: E402
 from evaluate import adapter_environment  # noqa: E402
 from likelihood import labelled_images, make_likelihood, write_datasets  # noqa: E402
 from peer_methods import METHODS, PLAIN, RECIPE, Setting, Trained  # noqa: E402
+from peer_rows import rows_of  # noqa: E402
 from records import RESULTS, provenance, write_json  # noqa: E402
 from task import load_base, parse_arguments  # noqa: E402
 
 
+OF_A_RUN = ("commit", "versions", "threads", "log_partition")  # what a row keeps of the run that it is of
 EXPERIMENT = Path(__file__).resolve().parent / "experiments" / "peers.yaml"
 TOLD = (
     "lora_rank",
@@ -95,13 +98,21 @@ def folder_of(name: str, seed: int, kind: str, runs: Path) -> Path:
     return runs / (f"{name}-{seed}" if kind == RECIPE else f"{name}-{seed}-{kind}")
 
 
+def copy_classifier(source: Path, target: Path) -> None:
+    """A run's classifier, where the source has one and the target has none."""
+    if (source / "classifier" / "calibration.json").is_file() and not (target / "classifier").exists():
+        shutil.copytree(source / "classifier", target / "classifier.tmp", dirs_exist_ok=True)
+        (target / "classifier.tmp").rename(target / "classifier")
+
+
 def trained(name: str, seed: int, kind: str, runs: Path, smoke: bool) -> Trained:
     """The adapter; trains it where it is not there yet."""
     folder = folder_of(name, seed, kind, runs)
     arguments = arguments_of(name, seed, folder, kind, smoke)
     task, config = parse_arguments(arguments)
     if not (folder / CONFIG_NAME).is_file():
-        train_ctrl.main(arguments)
+        copy_classifier(folder_of(name, seed, RECIPE, runs), folder)
+        train_ctrl.main([*arguments, "--resume_from", "latest"])  # from its beginning, but with the classifier that is there
     adapter = load_adapter(folder)
     settings = adapter.config.training["settings"]
     told = {key: settings.get(key, getattr(CTRLConfig, key)) for key in TOLD} | {"seed": int(adapter.config.metrics["seed"])}
@@ -122,6 +133,8 @@ def open_setting(name: str, seed: int, runs: Path, base_samples: int, smoke: boo
         SystemExit: if an adapter of that setting and seed has another classifier.
     """
     folder = folder_of(name, seed, RECIPE, runs)
+    for kind in kinds_of(name):
+        copy_classifier(folder_of(name, seed, kind, runs), folder)
     task, config = parse_arguments(arguments_of(name, seed, folder, RECIPE, smoke))
     pipe = load_base(task)
     kept = replace(config, resume_from="latest")  # the classifier that is there, if it was made with these settings
@@ -155,31 +168,31 @@ def check_partition(folder: Path, found: float, base_samples: int) -> None:
     """Raises SystemExit where results in the folder were made with another classifier: log Z of the same base samples would differ."""
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text())
-        if record["base_samples"] == base_samples and abs(record["log_partition"] - found) > 1e-3:
-            raise SystemExit(
-                f"{path} is of another classifier: its log Z is {record['log_partition']:.4f}, and that of the one at hand {found:.4f}. Delete "
-                "the folder, to run all methods again."
-            )
+        for one in [record, *record["rows"]] if record["base_samples"] == base_samples else []:
+            if abs((own := one.get("log_partition", found)) - found) > 1e-3:
+                raise SystemExit(
+                    f"{path} is of another classifier: its log Z is {own:.4f}, and that of the one at hand {found:.4f}. Delete the folder, to run "
+                    "all methods again."
+                )
 
 
-def earlier_rows(path: Path, outputs: int, validation: int) -> list[dict[str, Any]]:
-    """The rows of a result that today's would be the same as: of the same noise, and of as many images. They say the commit that they are of."""
+def earlier_rows(path: Path, seed: int, counts: dict[str, int]) -> list[dict[str, Any]]:
+    """The rows of a result that today's would be the same as: of the same noise, and of the same numbers of images. They say what they are of."""
     if not path.exists():
         return []
     record = json.loads(path.read_text())
-    if (record["noise_seed"], record["outputs"], record["validation"]) != (noise_seed(record["seed"], JUDGED), outputs, validation):
+    if any(record[key] != value for key, value in {"noise_seed": noise_seed(seed, JUDGED), **counts}.items()):
         return []
-    return [{"commit": record["commit"], **row} for row in record["rows"]]
+    return [{**{key: record[key] for key in OF_A_RUN}, **row} for row in record["rows"]]
 
 
 def has_tried(rows: list[dict[str, Any]], method: str) -> bool:
     """Whether these are all the rows of a method: of all the weights that it tries, and a plain one where it has that."""
     if not rows:
         return False
-    plain = any(PLAIN in row["tuned_for"] for row in rows)
-    tried, weights = rows[0]["tried"], METHODS[method].weights
-    same = [one["weight"] for one in tried[: len(weights)]] == list(weights)
-    return same and METHODS[method].next_weight(tried) is None and plain >= METHODS[method].plain
+    tried, plain = rows[0]["tried"], any(PLAIN in row["tuned_for"] for row in rows)
+    in_turn = all(METHODS[method].next_weight(tried[:count]) == one["weight"] for count, one in enumerate(tried))
+    return in_turn and METHODS[method].next_weight(tried) is None and plain >= METHODS[method].plain
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -188,10 +201,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--settings", nargs="+", choices=settings, default=settings)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--outputs", type=int, default=120, help="images a label")
-    parser.add_argument("--validation", type=int, default=30, help="images a label for each weight that is tried")
+    parser.add_argument("--outputs", type=int, help="images a label; by default as experiments/peers.yaml has it for the setting")
+    parser.add_argument(
+        "--validation", type=int, help="images a label for each weight that is tried; by default as that file has it"
+    )
     parser.add_argument("--base_samples", type=int, default=51_000)
-    parser.add_argument("--runs", type=Path, help="where the adapters are, or will be: runs/peers; with --smoke runs/peers-smoke")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        help="where the classifiers, adapters and base samples are, or will be: runs/peers; with --smoke runs/peers-smoke",
+    )
     parser.add_argument("--results", type=Path, help="benchmarks/results/peers; with --smoke within --runs")
     parser.add_argument("--smoke", action="store_true", help="everything at toy size, to see that it runs")
     args = parser.parse_args(arguments)
@@ -208,7 +227,9 @@ def main(arguments: list[str] | None = None) -> None:
         kinds = {method: METHODS[method].adapter for method in args.only}
         methods = [method for method, kind in kinds.items() if kind is None or kind in kinds_of(name)]
         paths = {method: folder / f"{method.replace(',', '').replace(' ', '-')}.json" for method in methods}
-        earlier = {method: earlier_rows(path, args.outputs, args.validation) for method, path in paths.items()}
+        counts = {**read_experiment()["images"][name], "base_samples": args.base_samples}
+        counts |= {key: value for key in ("outputs", "validation") if (value := getattr(args, key)) is not None}
+        earlier = {method: earlier_rows(path, seed, counts) for method, path in paths.items()}
         missing = {
             method: path
             for method, path in paths.items()
@@ -221,10 +242,9 @@ def main(arguments: list[str] | None = None) -> None:
         bar = tqdm(missing.items(), unit="method")
         for method, path in bar:
             bar.set_description(f"{name}, seed {seed}: {method}")
-            rows = rows_of(s, method, args.outputs, args.validation, bar, earlier[method])
-            about = {"setting": name, "seed": seed, "method": method, "labels": len(s.labels), "outputs": args.outputs}
-            about |= {"noise_seed": noise_seed(seed, JUDGED)}
-            about |= {"validation": args.validation, "base_samples": args.base_samples, "threads": torch.get_num_threads()}
+            rows = rows_of(s, method, counts["outputs"], counts["validation"], bar, earlier[method])
+            about = {"setting": name, "seed": seed, "method": method, "labels": len(s.labels), **counts}
+            about |= {"noise_seed": noise_seed(seed, JUDGED), "threads": torch.get_num_threads()}
             write_json(path, {**about, "log_partition": s.reference.log_partition, "rows": rows, **provenance()})
             for row in rows:
                 bar.write(

@@ -46,6 +46,8 @@ def peers_table(setting: str) -> str:
     found = [one for one in read("peers") if one["setting"] == setting]
     if not found:
         return "Not run yet."
+    if len({(one["outputs"], one["validation"]) for one in found}) > 1:
+        raise SystemExit(f"results/peers/{setting}-seed* hold rows of different numbers of images: run peers.py for that setting.")
     order = list(
         dict.fromkeys(one["method"] for one in sorted(found, key=lambda one: best_accuracy(found, one["method"]), reverse=True))
     )
@@ -116,7 +118,7 @@ def peers_short(setting: str = "stroke") -> str:
             with_errors(own, key, 3, found) for key, own in (("accuracy", sharp), ("tv", near), ("accuracy", plain), ("tv", plain))
         ]
         lines.append([name, *cells, "yes" if gradients else "no", cost])
-    floors = [row["tv_floor"] for one in found if one["method"] == EXACT for row in one["rows"]]
+    floors = [one["rows"][0]["tv_floor"] for one in found if one["method"] == EXACT]
     floor = f" (exact draws: {statistics.mean(floors):.3f})" if floors else ""
     header = [
         "",
@@ -142,7 +144,7 @@ def peers_summary() -> str:
             means = {method: statistics.mean(row[key] for row in rows[method]) for method in others if rows[method]}
             other = best(means, key=lambda method: (means[method], method))
             cells += [f"**{with_errors(rows[HEAD], key, 3, found)}**", f"{with_errors(rows[other], key, 3, found)} ({other})"]
-        floors = [row["tv_floor"] for one in found if one["method"] == EXACT for row in one["rows"]]
+        floors = [one["rows"][0]["tv_floor"] for one in found if one["method"] == EXACT]
         lines.append([name, *cells, f"{statistics.mean(floors):.3f}"])
     header = [
         "",
@@ -158,9 +160,10 @@ def peers_summary() -> str:
 
 
 def at_the_edge(row: dict[str, Any]) -> bool:
-    """Whether the best of several values tried is the largest: a larger one might be better still."""
-    tried = [one["weight"] for one in row["tried"]]
-    return len(tried) > 1 and row["weight"] == max(tried)
+    """Whether the best of several values tried is the largest, and a larger one might be better still."""
+    tried = {one["weight"]: one["classifier_accuracy"] for one in row["tried"]}
+    could_be_better = "distance" in row["tuned_for"] or ("accuracy" in row["tuned_for"] and tried[row["weight"]] < 1)
+    return len(tried) > 1 and row["weight"] == max(tried) and could_be_better
 
 
 def best_accuracy(found: list[dict[str, Any]], method: str) -> float:

@@ -19,12 +19,12 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import gap_spread
-import peer_rows
 from baselines import dps, mpgd
 from baselines.base import open_base
-from exact_reference import JUDGED, VALIDATION, distance, histogram, noise_seed, to_cells
+from exact_reference import JUDGED, VALIDATION, Reference, distance, histogram, noise_seed, to_cells
 
 import peer_methods
+import peer_rows
 import peers
 import report_format
 import report_peers
@@ -79,6 +79,15 @@ def test_cells_of_two_attributes():
     assert p[1] == 0.25 and distance(p, p) == 0 and distance(p, p.roll(1)) == 1
 
 
+def test_few_pictures_behind_many_draws():
+    """Equal weights, and one picture that has all."""
+    weights = torch.zeros(12, 1, dtype=torch.float64)
+    weights[0] = 50.0
+    law = Reference(torch.zeros(12, 1, 1, 1), 2, torch.zeros(12), torch.zeros(12, 1), weights, (), (), 0.0)
+    torch.testing.assert_close(law.effective_sizes(0), torch.tensor([1.0, 6.0], dtype=torch.float64))
+    torch.testing.assert_close(law.effective_sizes(0, gamma=0.0), torch.tensor([6.0, 6.0], dtype=torch.float64))
+
+
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     folder = tmp_path_factory.mktemp("peers")
@@ -117,33 +126,30 @@ def test_no_adapter_is_trained_for_methods_that_need_none(tmp_path):
 
 
 class Made:
-    smoke, labels, reference = False, torch.tensor([[0.0]]), None
-
-    def classifier(self, images, labels):
-        return torch.zeros(len(images))
+    smoke, labels, reference, classifier = False, torch.tensor([[0.0], [1.0], [2.0]]), None, None
 
 
 @pytest.fixture
 def found(monkeypatch):
-    """Distances and classifier accuracies of made-up weights, and of which images were drawn, by (weight, use of the noise)."""
-    table, drawn = {1.0: (0.2, 0.8), 2.0: (0.3, 0.9), 3.0: (0.4, 0.7)}, []
+    """{weight: distance, right of 30 images of each label}, made up, and of which weights validation images were drawn."""
+    table, drawn = {1.0: (0.2, (24, 24, 24)), 2.0: (0.3, (27, 27, 27)), 3.0: (0.4, (21, 21, 21))}, []
 
     def draw_all(s, draw, per_label, use):
-        drawn.append((draw, use))
-        return [torch.full((4, 1), draw)]
+        assert use == VALIDATION
+        drawn.append(draw)
+        return [torch.tensor([[draw, label]]).expand(30, 2) for label in range(3)]
+
+    def of_each(images, rows, classifier):
+        """The scores of the labels: its own is the best in as many images as the table says, in the others the next one."""
+        weight, label = images[0].tolist()
+        right = torch.arange(30) < table[weight][1][int(label)]
+        return torch.eye(3)[torch.where(right, int(label), (int(label) + 1) % 3)]
 
     monkeypatch.setattr(peer_rows, "draw_all", draw_all)
     monkeypatch.setattr(peer_rows, "distance_to_law", lambda reference, images: table[images[0][0, 0].item()][0])
-    # the score of the label asked for, and of one that is better in as many images as the table says are wrong
-    monkeypatch.setattr(peer_rows, "of_each", lambda images, rows, classifier: scores_of(table[images[0, 0].item()][1]))
-    monkeypatch.setattr(peer_rows, "judged_row", lambda s, name, draw, outputs: {"judged": draw})
+    monkeypatch.setattr(peer_rows, "of_each", of_each)
+    monkeypatch.setattr(peer_rows, "judged_row", lambda s, name, weight, draw, outputs: {"judged": draw})
     return table, drawn
-
-
-def scores_of(right, count=10):
-    """(count, 2): the first label is the best of a share of `right`."""
-    best = (torch.arange(count) < round(right * count)).double()
-    return torch.stack([best, 1 - best], dim=1)
 
 
 def test_the_weight_is_tuned_for_each_aim_by_its_own_figure(found):
@@ -152,11 +158,15 @@ def test_the_weight_is_tuned_for_each_aim_by_its_own_figure(found):
     weights, bar = (1.0, 2.0, 3.0), tqdm(disable=True)
     best, tried, _ = peer_rows.tuned(Made(), peer_methods.Method(weights, lambda s, fitted, weight: weight), 4, bar)
     assert [one["weight"] for one in tried] == list(weights) and [one["classifier_accuracy"] for one in tried] == [0.8, 0.9, 0.7]
+    assert [one["tv"] for one in tried] == [0.2, 0.3, 0.4]
     assert best == {"distance": tried[0], "accuracy": tried[1]}
-    table[2.0], plain = (0.1, 0.9), peer_methods.Method(weights, lambda s, fitted, weight: weight, plain=True)
+    table[2.0], plain = (0.1, (28, 24, 21)), peer_methods.Method(weights, lambda s, fitted, weight: weight, plain=True)
     best, tried, _ = peer_rows.tuned(Made(), plain, 4, bar)
     assert best == {"plain": tried[0], "distance": tried[1], "accuracy": tried[1]}
-    table[3.0] = (0.5, 0.9)  # as accurate as a smaller one, which stays
+    table[3.0] = (
+        0.5,
+        (27, 23, 23),
+    )  # as accurate as a smaller one, which stays: a mean of the labels' means would be larger by rounding
     best, tried, _ = peer_rows.tuned(Made(), plain, 4, bar)
     assert best["accuracy"] is tried[1]
 
@@ -176,7 +186,7 @@ def test_more_weights_are_tried_beside_those_of_a_result(fitted, found, monkeypa
         (2.0, ["accuracy"], 2.0),
     ]
     drawn.clear()
-    table[3.0] = (0.4, 1.0)
+    table[3.0] = (0.4, (30, 30, 30))
     monkeypatch.setitem(peer_methods.METHODS, "m", replace(method, weights=(1.0, 2.0, 3.0)))
     assert not peers.has_tried(old, "m")
     rows = run(old)
@@ -186,14 +196,15 @@ def test_more_weights_are_tried_beside_those_of_a_result(fitted, found, monkeypa
         (3.0, ["accuracy"], 3.0),
     ]
     assert [row.get("commit") for row in rows] == [None if fitted else "before", None]
-    assert [weight for weight, _ in drawn] == ([1.0, 2.0, 3.0] if fitted else [3.0])
+    assert drawn == ([1.0, 2.0, 3.0] if fitted else [3.0])
 
 
 @pytest.mark.parametrize("open_ended", [False, True])
 def test_weights_go_on_while_the_last_is_the_best(open_ended, found):
     """By the ratio of the last two, so that no method's best is one that only its list has made the last."""
     table, _ = found
-    table |= {1.0: (0.2, 0.6), 2.0: (0.3, 0.7), 4.0: (0.5, 0.8), 8.0: (0.6, 0.9), 16.0: (0.7, 0.9), 32.0: (0.1, 1.0)}
+    distances = {1.0: 0.2, 2.0: 0.3, 4.0: 0.5, 8.0: 0.6, 16.0: 0.7, 32.0: 0.1}
+    table |= {weight: (tv, (min(20 + i, 23),) * 3) for i, (weight, tv) in enumerate(distances.items())}
     method = peer_methods.Method((1.0, 2.0), lambda s, fitted, weight: weight, open_ended=open_ended)
     best, tried, _ = peer_rows.tuned(Made(), method, 4, tqdm(disable=True))
     assert [one["weight"] for one in tried] == ([1.0, 2.0, 4.0, 8.0, 16.0] if open_ended else [1.0, 2.0])
@@ -222,18 +233,21 @@ def test_results_of_other_noise_or_without_a_plain_row_are_run_again(tmp_path):
         ("of seed 0", ["plain"], 1, noise_seed(0, JUDGED), False, False),
     ):
         row = {"tuned_for": aims, "tried": [{"weight": one * weight, **FLAT} for one in weights]}
-        about = {"seed": 1, "noise_seed": drawn, "outputs": 60, "validation": 20, "commit": "c"}
+        counts, of = {"outputs": 60, "validation": 20, "base_samples": 300}, dict.fromkeys(peers.OF_A_RUN, "then")
+        about = {"seed": 1, "noise_seed": drawn, **counts, **of}
         (tmp_path / name).write_text(json.dumps({**about, "rows": [row]}))
-        rows = peers.earlier_rows(tmp_path / name, 60, 20)
-        assert rows == ([{**row, "commit": "c"}] if kept else []) and peers.has_tried(rows, "DPS") == done
-        assert peers.earlier_rows(tmp_path / name, 120, 20) == peers.earlier_rows(tmp_path / name, 60, 30) == []
-    assert peers.earlier_rows(tmp_path / "none", 60, 20) == [] and not peers.has_tried([], "DPS")
+        rows = peers.earlier_rows(tmp_path / name, 1, counts)
+        assert rows == ([{**row, **of}] if kept else []) and peers.has_tried(rows, "DPS") == done
+        assert all(not peers.earlier_rows(tmp_path / name, 1, {**counts, key: 400}) for key in counts)
+    assert peers.earlier_rows(tmp_path / "none", 1, counts) == [] and not peers.has_tried([], "DPS")
     for name, done in (("best of n", True), ("MPGD", False)):  # one whose largest is its price, and one that goes on
         weights = peer_methods.METHODS[name].weights
         row = {"tuned_for": ["accuracy"], "tried": [{"weight": one, **FLAT} for one in weights]}
         assert peers.has_tried([row], name)
+        more = {**row, "tried": [*row["tried"], {"weight": float(f"{2 * weights[-1]:.2g}"), **FLAT}]}
+        assert not peers.has_tried([more], name)  # more than is tried: after a tie that was none then
         row["tried"][-1]["tv"] = 0.1
-        assert peers.has_tried([row], name) == done
+        assert peers.has_tried([row], name) == done and peers.has_tried([more], name) != done
 
 
 def test_each_seed_and_use_has_noise_of_its_own(base):
@@ -295,6 +309,21 @@ def test_seeds_are_put_together():
     assert report_format.span([1, 2.5]) == "1–2.5" and report_format.span([2]) == "2"
 
 
+def test_what_a_larger_value_could_make_better():
+    """The last value tried is marked, unless all that it is for is perfect."""
+    tried = [{"weight": 1, "classifier_accuracy": 0.5}, {"weight": 2, "classifier_accuracy": 1.0}]
+    for aims, weight, accuracy, marked in (
+        (["accuracy"], 2, 0.9, True),
+        (["accuracy"], 2, 1.0, False),
+        (["accuracy", "distance"], 2, 1.0, True),
+        (["plain"], 2, 0.9, False),
+        (["accuracy"], 1, 0.9, False),
+    ):
+        tried[-1]["classifier_accuracy"] = accuracy
+        assert report_peers.at_the_edge({"tuned_for": aims, "weight": weight, "tried": tried}) == marked
+    assert not report_peers.at_the_edge({"tuned_for": ["accuracy"], "weight": 1, "tried": tried[:1]})
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 def test_strength_beyond_the_range(rank):
     """At one state the control is multiplied, and its KL by the square; a head alone needs the base's call only."""
@@ -342,7 +371,8 @@ def test_adapters_of_other_classifiers_are_not_compared(smoke, tmp_path):
 
 
 def test_results_of_another_classifier_are_found(tmp_path):
-    (tmp_path / "DPS.json").write_text(json.dumps({"base_samples": 300, "log_partition": -1.25}))
+    record = {"base_samples": 300, "log_partition": -1.25, "rows": [{"log_partition": -1.2497}, {}]}
+    (tmp_path / "DPS.json").write_text(json.dumps(record))
     peers.check_partition(tmp_path, -1.2504, 300)
     peers.check_partition(tmp_path, -1.3, 400)
     with pytest.raises(

@@ -358,6 +358,19 @@ def test_an_adapter_of_other_settings_is_not_taken(smoke, tmp_path):
         peers.trained("stroke", 1, "recipe", tmp_path, smoke=False)
 
 
+def test_all_adapters_of_a_setting_are_trained_with_its_classifier(smoke, tmp_path):
+    """As it was written, seconds and all: a fit of its own might differ by more than is allowed, after all the training."""
+    folder, _ = smoke
+    shutil.copytree(folder / "runs" / "stroke-0" / "classifier", tmp_path / "stroke-0" / "classifier")
+    found = peers.trained("stroke", 0, "head", tmp_path, smoke=True)
+    written = [(tmp_path / name / "classifier" / "calibration.json").read_bytes() for name in ("stroke-0", "stroke-0-head")]
+    assert written[0] == written[1]
+    assert found.adapter.config.metrics["seconds_classifier"] == json.loads(written[0])["seconds"]
+    (tmp_path / "stroke-0").rename(tmp_path / "gone")
+    peers.copy_classifier(tmp_path / "stroke-0-head", tmp_path / "stroke-0")  # as `open_setting` does where a variant is alone
+    assert (tmp_path / "stroke-0" / "classifier" / "calibration.json").read_bytes() == written[0]
+
+
 def test_adapters_of_other_classifiers_are_not_compared(smoke, tmp_path):
     """Every method is given one classifier: a variant that was trained with another is found, whether its method is asked for or not."""
     folder, _ = smoke

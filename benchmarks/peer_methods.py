@@ -200,6 +200,9 @@ METHODS = {
     "CTRL, control head": Method(
         (1, 2, 4, 8, 12, 16), ours(1), lambda s: s.opened("head"), priced=True, adapter="head", plain=True, open_ended=True
     ),
+    "CTRL, control head, γ to 16": Method(
+        (1, 2, 4, 8, 12, 16), ours(1), lambda s: s.opened("wider"), priced=True, adapter="wider", plain=True, open_ended=True
+    ),
     "CTRL, control head, 8 particles": Method((1, 2, 4), ours(8), lambda s: s.opened("head"), adapter="head"),
     "CFG fine-tuning": Method((1, 2, 3, 5, 8, 12), with_cfg, fit_cfg, plain=True, open_ended=True),
     "DPS": Method((0.12, 0.25, 0.5, 1, 2, 4, 8, 16), training_free(dps), priced=True, plain=True, open_ended=True),

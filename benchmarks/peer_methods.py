@@ -200,7 +200,7 @@ METHODS = {
     "CTRL, control head": Method(
         (1, 2, 4, 8, 12, 16), ours(1), lambda s: s.opened("head"), priced=True, adapter="head", plain=True, open_ended=True
     ),
-    "CTRL, control head, γ to 16": Method(
+    "CTRL, control head, gamma to 16": Method(
         (1, 2, 4, 8, 12, 16), ours(1), lambda s: s.opened("wider"), priced=True, adapter="wider", plain=True, open_ended=True
     ),
     "CTRL, control head, 8 particles": Method((1, 2, 4), ours(8), lambda s: s.opened("head"), adapter="head"),

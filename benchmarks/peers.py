@@ -10,7 +10,7 @@ user could do; of a method for which Bayes says 1 that value has a row too, `pla
 table. All methods of a seed draw with the same noise, each seed with its own. One JSON a method in results/peers/SETTING-seedSEED/; what is there
 is not run again, unless it was drawn with other noise or other numbers of images. Where peer_methods.py has more weights to try than a result, these are tried too,
 and judged if one is better (of a method that is fitted first, all of them again); a row with a `commit` of its own was kept from an earlier run.
-`CTRL, trained longer`, `CTRL, control head` and `CTRL, control head, γ to 16` have adapters of their own, of the same classifier, in
+`CTRL, trained longer`, `CTRL, control head` and `CTRL, control head, gamma to 16` have adapters of their own, of the same classifier, in
 runs/peers/SETTING-SEED-longer, -head and -wider, for the settings under `variants` in that file.
 `exact draws` are base samples, resampled by p̂^gamma as the exact law has it: what CTRL aims at, for every gamma.
 

@@ -112,7 +112,7 @@ def trained(name: str, seed: int, kind: str, runs: Path, smoke: bool) -> Trained
     task, config = parse_arguments(arguments)
     if not (folder / CONFIG_NAME).is_file():
         copy_classifier(folder_of(name, seed, RECIPE, runs), folder)
-        train_ctrl.main([*arguments, "--resume_from", "latest"])  # from its beginning, but with the classifier that is there
+        train_ctrl.main([*arguments, "--resume_from", "latest"])  # with the classifier that is there, and from where it was stopped
     adapter = load_adapter(folder)
     settings = adapter.config.training["settings"]
     told = {key: settings.get(key, getattr(CTRLConfig, key)) for key in TOLD} | {"seed": int(adapter.config.metrics["seed"])}

@@ -123,6 +123,8 @@ def test_no_adapter_is_trained_for_methods_that_need_none(tmp_path):
     peers.main([*only, "--only", "exact draws"])
     assert kept.stat().st_mtime_ns == written and not (tmp_path / "slant-0" / peers.CONFIG_NAME).exists()
     assert len(list((tmp_path / "results" / "slant-seed0").glob("*.json"))) == 2
+    (row,) = json.loads((tmp_path / "results" / "slant-seed0" / "exact-draws.json").read_text())["rows"]
+    assert row["tv_floor"] > 0 and row["mmd2_floor_sd"] > 0 and 1 <= row["smallest_ess"] <= 30  # of 300 base samples, ten prompts
 
 
 class Made:

@@ -6,6 +6,7 @@ out in order, `share(total)` to each process, so that what is gathered is in the
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -35,7 +36,29 @@ def use_cpu() -> bool:
 
 def make_accelerator(**settings: Any) -> Accelerator:
     """An `Accelerator` of these settings that finds its processes on CPU too, and in which processes wait for each other long enough."""
+    atexit.register(_leave_gloo)
     return Accelerator(cpu=use_cpu(), kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)], **settings)
+
+
+def make_state() -> PartialState:
+    """What an `Accelerator` knows of its device and of the other processes, for work that is no training."""
+    atexit.register(_leave_gloo)
+    return PartialState(cpu=use_cpu())
+
+
+def leave() -> None:
+    """Ends the group of processes, where there is one: the last thing in a command that all of them came through. It may wait for the others."""
+    if dist.is_available() and dist.is_initialized():
+        PartialState().destroy_process_group()
+
+
+def _leave_gloo() -> None:
+    """At exit, also after an error: threads of gloo that are there still can abort a process that is done (pytorch issue 190489).
+
+    Other backends have no such threads, and leaving them after an error might wait for processes that are gone.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
+        leave()
 
 
 def count() -> int:

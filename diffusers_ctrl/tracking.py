@@ -48,6 +48,12 @@ def log_picture(accelerator: Accelerator, name: str, path: Path, step: int) -> N
             tracker.log_images({name: pixels}, step=step, **({"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}))
 
 
+def finish_trackers(accelerator: Accelerator) -> None:
+    """Ends what is written to trackers. `Accelerator.end_training` would also end the group of processes, which have the evaluation to share."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
+
+
 def number_log_lines(accelerator: Accelerator) -> None:
     """Where there are several processes, makes each line of the log and each warning say which it is from: `[process 2 of 4]`."""
     if accelerator.num_processes > 1:

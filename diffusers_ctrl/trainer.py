@@ -48,7 +48,7 @@ from .policy import Policy
 from .preemption import EXIT_PREEMPTED, Preempted, Preemption
 from .randomness import TrajectoryNoise, batch_seeds, global_generators_kept, seed_global_generators
 from .rollouts import Batch, Environment, Sampler, in_chunks
-from .tracking import BAR, tracker_names
+from .tracking import BAR, finish_trackers, tracker_names
 
 
 logger = logging.getLogger(__name__)
@@ -274,7 +274,7 @@ class CTRLTrainer:
         if config.keep_best and (best := self.monitor.better_than_last()) is not None:
             self._keep(best)
         if config.report_to != "none":
-            self.accelerator.end_training()
+            finish_trackers(self.accelerator)
         return self.history
 
     def _warm_start(self) -> None:
@@ -317,7 +317,7 @@ class CTRLTrainer:
         )
         self.accelerator.print(message)
         if self.config.report_to != "none":
-            self.accelerator.end_training()
+            finish_trackers(self.accelerator)
         raise Preempted(message)
 
     def _measure(self, tuned: bool = True) -> dict[str, float]:

@@ -238,12 +238,21 @@ def bad_number(folder: Path) -> None:
     assert all(parameter.grad is None for parameter in trainer._named.values())
 
 
+def training_with_a_tracker(folder: Path) -> None:
+    """The processes must go on together after it, and one of them alone has written."""
+    several = processes.count()
+    make_trainer("gaussian", folder / "tracked", max_updates=2, report_to="tensorboard").train()
+    assert processes.count() == several > 1 and processes.sum_over([1.0]) == [several]
+    assert len(list((folder / "tracked").rglob("events.out.tfevents.*"))) == 2  # the settings and the numbers
+
+
 def main(folder: Path) -> None:
     warnings.simplefilter("ignore")
     processes.make_accelerator()
     assert processes.count() > 1
     collectives()
     bad_number(folder)
+    training_with_a_tracker(folder)
     for name, check in {
         "training": training,
         "sharded": sharded,

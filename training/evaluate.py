@@ -160,3 +160,4 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 if __name__ == "__main__":
     main()
+    processes.leave()

@@ -92,7 +92,7 @@ def _write_shards(
     description: str,
 ) -> Path:
     """Writes the shards that are missing. `batches(start, stop)` gives the rows of those items in parts."""
-    folder, state = Path(folder), PartialState(cpu=processes.use_cpu())  # as Accelerator does
+    folder, state = Path(folder), processes.make_state()
     paths = shard_paths(folder, -(-count // shard_size))
     _claim_folder(folder, settings, len(paths), state)
     bar = tqdm(total=count, desc=description, unit="image", disable=not state.is_main_process)
@@ -348,3 +348,4 @@ def main(arguments: list[str] | None = None) -> Path:
 
 if __name__ == "__main__":
     main()
+    processes.leave()

@@ -230,3 +230,4 @@ def run(task: TaskConfig, config: CTRLConfig) -> dict[str, Any]:
 if __name__ == "__main__":
     with Preemption(at_once=True):  # what is not training is simply done again
         main()
+    processes.leave()

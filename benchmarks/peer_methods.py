@@ -70,6 +70,16 @@ def sharpness(one: dict[str, Any]) -> float:
     return round(one["classifier_accuracy"], 9)
 
 
+def is_best(one: dict[str, Any], others: Sequence[dict[str, Any]]) -> bool:
+    """Whether it is better than all the others for an aim, the distance or the accuracy, and could be better still."""
+    return one["tv"] < min(other["tv"] for other in others) or max(map(sharpness, others)) < sharpness(one) < 1
+
+
+def beyond(weight: float, weights: Sequence[float]) -> float:
+    """The weight that comes after it, where it is beyond the list or ends it: by the ratio of the last two."""
+    return float(f"{weight * weights[-1] / weights[-2]:.2g}")
+
+
 @dataclass(frozen=True)
 class Method:
     """weights: what is tried; open_ended: and beyond, by the ratio of the last two, as long as the last is the best for an aim
@@ -95,9 +105,7 @@ class Method:
         if not self.open_ended:
             return None
         *others, last = tried
-        nearest = last["tv"] < min(one["tv"] for one in others)
-        sharpest = max(map(sharpness, others)) < sharpness(last) < 1
-        return float(f"{last['weight'] * self.weights[-1] / self.weights[-2]:.2g}") if nearest or sharpest else None
+        return beyond(last["weight"], self.weights) if is_best(last, others) else None
 
 
 def training_free(module: Any) -> Callable[[Setting, Any, float], Draw]:

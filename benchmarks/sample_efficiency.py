@@ -8,7 +8,7 @@ number of updates, whatever N. `head` is CTRL by a control head alone, which a c
 classifier aims at, base samples resampled by p̂^gamma, at the values of both: what is lost to `exact` is the classifier's, what CTRL loses beyond it is what its training leaves over.
 
 Each has one number at inference, gamma or the guidance weight (and for CFG how many updates were best), and gets the same validation budget for it: `validation` images a label for each value
-tried. Rows of a result: `plain`, the value 1, which is what Bayes says; the best total variation to the truth, which takes the oracle; and
+tried. Those end as the file has them, and go on by the ratio of the last two as long as the last is better than all others (`peer_methods.py`). Rows of a result: `plain`, the value 1, which is what Bayes says; the best total variation to the truth, which takes the oracle; and
 the best accuracy by the classifier fitted to the same N labels, which any user could do.
 
 The truth is the same for all N and both methods: base samples whose exact class is the label, that is p(y | x) = 1 where the oracle reads y, else 0.
@@ -24,7 +24,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,7 @@ from diffusers_ctrl.labels import label_grid
 from diffusers_ctrl.rollouts import rollout
 from digits_data import PROMPTS, digit_oracle, drawn_digits, oracle
 from jackknife import jackknife
-from peer_methods import Strengthened
+from peer_methods import Strengthened, beyond, is_best, sharpness
 
 
 Images = list[torch.Tensor]  # of each label
@@ -65,10 +64,11 @@ BATCH = 100
 
 @dataclass(frozen=True)
 class Fitted:
-    """values: what is tried of the number that is tuned, the plain one first. about: what the training was, for the result."""
+    """series: what is tried of the number that is tuned, ascending, the plain one first; CFG's has its updates before it, and a series for each
+    number of these. about: what the training was, for the result."""
 
     draw: Draw
-    values: list[Any]
+    series: list[list[Any]]
     about: dict[str, Any]
 
 
@@ -117,7 +117,7 @@ def fit_ctrl(
             found = rollout(policy, environment.sampler, batch, generator, reference=False)
             return list(environment.decode(found.sample).split(per_label))
 
-    return Fitted(draw, settings["gammas"], {"seconds_training": seconds, "updates": trainer.update})
+    return Fitted(draw, [settings["gammas"]], {"seconds_training": seconds, "updates": trainer.update})
 
 
 def fit_head(spec: dict[str, Any], labels: Labels, classifier: Classifier, folder: Path) -> Fitted:
@@ -136,7 +136,7 @@ def fit_exact(spec: dict[str, Any], labels: Labels, classifier: Classifier, fold
         chosen = [reference.draws(label, prompts, generator, gamma) for label in range(len(rows))]
         return [reference.images[own].float() for own in chosen]
 
-    return Fitted(draw, sorted({*spec["gammas"], *spec["head"]["gammas"]}), {"seconds_training": 0.0})
+    return Fitted(draw, [sorted({*spec["gammas"], *spec["head"]["gammas"]})], {"seconds_training": 0.0})
 
 
 def fit_cfg(spec: dict[str, Any], labels: Labels, _: Classifier, __: Path) -> Fitted:
@@ -160,9 +160,11 @@ def fit_cfg(spec: dict[str, Any], labels: Labels, _: Classifier, __: Path) -> Fi
             out.append(torch.cat(parts))
         return out
 
-    values = list(product(reversed(spec["cfg_updates"]), spec["cfg_weights"]))  # plain: all updates, weight 1
+    series = [
+        [(updates, weight) for weight in spec["cfg_weights"]] for updates in reversed(spec["cfg_updates"])
+    ]  # plain: all, weight 1
     about = {"seconds_training": sum(seconds.values()), "seconds_by_updates": {str(k): v for k, v in seconds.items()}}
-    return Fitted(draw, values, about)
+    return Fitted(draw, series, about)
 
 
 METHODS = {"ctrl": fit_ctrl, "head": fit_head, "cfg": fit_cfg, "exact": fit_exact}
@@ -212,24 +214,33 @@ def classifier_accuracy(classifier: Classifier, images: Images) -> float:
     return sum(right) / len(right)
 
 
+def next_value(value: Any, values: list[Any]) -> Any:
+    """What comes after it, where it is beyond the series or ends it."""
+    if isinstance(value, tuple):
+        return (*value[:-1], beyond(value[-1], [one[-1] for one in values]))
+    return beyond(value, values)
+
+
 def chosen(
     fitted: Fitted, reference: Reference, classifier: Classifier, validation: int, seed: int
 ) -> tuple[dict[Any, list[str]], list[dict]]:
     """{value: what it is the best for}, and all that was tried."""
-    tried = []
-    for value in fitted.values:
+
+    def judge(value: Any) -> dict[str, Any]:
         images = fitted.draw(value, validation, noise_seed(seed, VALIDATION))
-        tried.append(
-            {
-                "value": value,
-                "tv": distance_to_law(reference, images),
-                "classifier_accuracy": classifier_accuracy(classifier, images),
-            }
-        )
+        read = {"tv": distance_to_law(reference, images), "classifier_accuracy": classifier_accuracy(classifier, images)}
+        return {"value": value, **read}
+
+    tried = [judge(value) for values in fitted.series for value in values]
+    for values in fitted.series:
+        last = next(one for one in tried if one["value"] == values[-1])
+        while is_best(last, [one for one in tried if one is not last]):
+            last = judge(next_value(last["value"], values))
+            tried.append(last)
     best = {
-        "plain": fitted.values[0],
+        "plain": fitted.series[0][0],
         "distance": min(tried, key=lambda one: one["tv"])["value"],
-        "accuracy": max(tried, key=lambda one: one["classifier_accuracy"])["value"],
+        "accuracy": max(tried, key=sharpness)["value"],
     }
     return {value: [aim for aim, of in best.items() if of == value] for value in dict.fromkeys(best.values())}, tried
 

@@ -49,6 +49,30 @@ def trainer_of(folder: Path, **settings):
     return make_trainer(spec["base"], classifier, config_of(spec["common"], settings, 0, folder / "run"))
 
 
+def test_values_go_on_while_the_last_is_the_best_of_all(folder):
+    """A draw that comes nearer to the truth with its weight, up to 16 of it, and one with other updates that never does."""
+    spec, count = SMOKE["sample_efficiency"], 300
+    reference = sample_efficiency.truth(spec["base"], 4, "stroke", count, folder / "pool.pt")
+    classifier, _ = cached_classifier(spec["base"], Labels("stroke", 50, 0), folder, spec["epochs"])
+    asked = []
+
+    def draw(value: tuple[int, float], per_label: int, seed: int) -> list[torch.Tensor]:
+        asked.append(value)
+        generator, (updates, weight) = torch.Generator().manual_seed(seed), value
+        rows = [reference.in_turn(label, per_label, generator) for label in range(3)]
+        exact = round(per_label * min(1.0, weight / 16)) if updates == 800 else 0
+        return [reference.images[torch.cat([own[:exact], torch.arange(per_label - exact)])].float() for own in rows]
+
+    series = [[(800, 1), (800, 2)], [(200, 1), (200, 2)]]
+    fitted = sample_efficiency.Fitted(draw, series, {})
+    best, tried = sample_efficiency.chosen(fitted, reference, classifier, 60, 0)
+    # 32 is the same as 16, so no better; with 200 updates nothing is better than with others
+    assert asked == [one["value"] for one in tried] == [*series[0], *series[1], (800, 4), (800, 8), (800, 16), (800, 32)]
+    assert "distance" in best[800, 16] and "plain" in best[800, 1]
+    flat = sample_efficiency.Fitted(lambda value, *rest: draw((800, value), *rest), [[16, 32]], {})
+    assert [one["value"] for one in sample_efficiency.chosen(flat, reference, classifier, 60, 0)[1]] == [16, 32]
+
+
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.4, 1.0])
 def test_the_corrupted_share_is_what_it_says(share):
     true = torch.arange(600) % 3

@@ -36,7 +36,12 @@ def spread(values: Sequence[float], digits: int = 3, own: Sequence[float | None]
 
 def pm(metrics: dict[str, Any], key: str, digits: int = 3) -> str:
     """One figure with its own standard error."""
-    return spread([metrics[key]], digits, [metrics[f"{key}_se"]])
+    return over_seeds([metrics], key, digits)
+
+
+def over_seeds(metrics: Sequence[dict[str, Any]], key: str, digits: int = 3) -> str:
+    """One figure of the metrics of several seeds, each with its own standard error."""
+    return spread([m[key] for m in metrics], digits, [m[f"{key}_se"] for m in metrics])
 
 
 def exact_draws(found: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from records import RESULTS
-from report_format import exact_draws, pm, read, seeded, spread, table
+from report_format import exact_draws, over_seeds, pm, read, seeded, span, spread, table
 from report_peers import SETTINGS, peers_short, peers_summary, peers_table
 
 
@@ -82,20 +82,26 @@ def ablations() -> str:
     found = in_order("ablations")
     if not found:
         return "Not run yet."
+    default = {one["seed"]: one["metrics"]["gap_from_base"] for one in found if one["variant"] == "default"}
     lines = []
-    for one in found:
-        m, own = one["metrics"], one["classifier"]
-        bound = " (lower bound)" if m["gap_from_base_is_lower_bound"] else ""
+    for variant in dict.fromkeys(one["variant"] for one in found):
+        own = [one for one in found if one["variant"] == variant]
+        metrics = [one["metrics"] for one in own]
+        bounds = sum(m["gap_from_base_is_lower_bound"] for m in metrics)
         cells = [
-            pm(m, "accuracy"),
-            f"{m['exact_accuracy']:.3f}",
-            pm(m, "kl", 2),
-            pm(m, "objective", 2),
-            pm(m, "gap_from_base", 2) + bound,
+            over_seeds(metrics, "accuracy"),
+            spread([m["exact_accuracy"] for m in metrics]),
+            over_seeds(metrics, "kl", 2),
+            over_seeds(metrics, "objective", 2),
+            over_seeds(metrics, "gap_from_base", 2) + (f" (lower bound: {bounds} of {len(own)})" if bounds else ""),
         ]
-        lines.append([one["variant"], *cells, f"{own['unseen_nll']:.3f}", str(one["updates"])])
-    header = ["", "accuracy", "exact law's own", "KL", "J", "gap, base samples", "classifier's NLL, unseen digits", "updates"]
-    about = f"{found[0]['seconds_asked']:g} CPU seconds of training each, one thread, seed {found[0]['seed']}."
+        more = [one["metrics"]["gap_from_base"] - default[one["seed"]] for one in own if one["seed"] in default]
+        cells.append("" if variant == "default" or len(more) < 2 else spread(more, 2))
+        nll = spread([one["classifier"]["unseen_nll"] for one in own])
+        lines.append([variant, *cells, nll, span(one["updates"] for one in own), span(one["seed"] for one in own)])
+    header = ["", "accuracy", "exact law's own", "KL", "J", "gap, base samples", "less default's, same seeds"]
+    header += ["classifier's NLL, unseen digits", "updates", "seeds"]
+    about = f"{found[0]['seconds_asked']:g} CPU seconds of training each, one thread; means over seeds."
     return table(header, lines) + "\n\n" + about
 
 

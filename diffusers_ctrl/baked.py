@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import processes
 from .evaluation import Samples, draw_samples
 from .injection import find_injection_sites
 from .policy import Policy
@@ -49,18 +50,21 @@ def _label_everywhere(policy: Policy, embedding: torch.Tensor) -> Iterator[None]
 
 
 @torch.no_grad()
-def measure_baked(policy: Policy, environment: Environment, per_label: int, seed: int, scales: Sequence[float]) -> dict[str, float]:
+def measure_baked(
+    policy: Policy, environment: Environment, per_label: int, seed: int, scales: Sequence[float], distributed: bool = False
+) -> dict[str, float]:
     """Samples of each label, labelled and baked, on the same noise: how far apart the images are and how well they fit the label.
 
     Both leave the steps without noise to the base, so what is measured is what guidance does.
 
     Args:
         per_label: samples a label. scales: the `label_scale` of `export.bake_label`, each on the same noise.
+        distributed: all processes call this, and share out the drawing.
 
     Returns:
         baked.{scale}.rms, root mean square over images in [0, 1] of baked − labelled; baked.{scale}.log_likelihood, the mean of
         log p̂(y | x) in nats, with its _se; the same of the labelled samples as baked_label_log_likelihood; baked_label_rms, of
-        labelled − base; baked_samples, how many of each.
+        labelled − base; baked_samples, how many of each. Nothing where the images are another process's.
     """
     parts: dict[float | str, list[Samples]] = {key: [] for key in ("labelled", "base", *scales)}
     for row, label in enumerate(environment.labels):
@@ -75,7 +79,7 @@ def measure_baked(policy: Policy, environment: Environment, per_label: int, seed
 
         def draw(environment: Environment, tuned: bool = True, row: int = row) -> Samples:
             generator = torch.Generator(environment.labels.device).manual_seed(seed + row)
-            return draw_samples(policy, environment, per_label, generator, tuned=tuned, progress=False)
+            return draw_samples(policy, environment, per_label, generator, tuned=tuned, progress=False, distributed=distributed)
 
         parts["labelled"].append(draw(one))
         parts["base"].append(draw(one, tuned=False))
@@ -83,6 +87,8 @@ def measure_baked(policy: Policy, environment: Environment, per_label: int, seed
         for scale in scales:
             with _label_everywhere(policy, scale * embedding):
                 parts[scale].append(draw(null))
+    if distributed and processes.index() > 0:
+        return {}
     images = {key: torch.cat([samples.images for samples in found]).double() for key, found in parts.items()}
     scores = {key: torch.cat([samples.log_likelihood for samples in found]) for key, found in parts.items()}
 

@@ -201,9 +201,10 @@ class CTRLConfig:
             raise ValueError("lora_rank = 0 leaves a control head alone, and control_head is 0: give its width, 512.")
         if self.critic_trajectories and not self.control_head:
             raise ValueError(f"critic_trajectories = {self.critic_trajectories} needs a control_head to warm: give its width, 512.")
-        if self.kl_limit is not None and not (self.kl_limit > 0 and self.eval_every):
+        if self.kl_limit is not None and not (self.kl_limit > 0 and 0 < self.eval_every <= self.max_updates):
             raise ValueError(
-                f"kl_limit must be positive and needs eval_every, since measurements find it; got {self.kl_limit} with eval_every = {self.eval_every}."
+                f"kl_limit must be positive and needs an eval_every of at most max_updates, since measurements find it; got {self.kl_limit} with "
+                f"eval_every = {self.eval_every} and max_updates = {self.max_updates}."
             )
         if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
             raise ValueError("Give global_batch_size or gradient_accumulation_steps, not both: the one follows from the other.")

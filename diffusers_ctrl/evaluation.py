@@ -22,7 +22,7 @@ from .accuracy import LabelOracle, agreement, hits, measure
 from .estimates import path_objectives
 from .particles import effective_sample_size
 from .policy import Policy
-from .randomness import TrajectoryNoise, batch_seeds
+from .randomness import TrajectoryNoise, batch_seeds, global_generators_kept, seed_global_generators
 from .rollouts import Environment, rollout
 
 
@@ -108,20 +108,23 @@ def draw_samples(
     if distributed:
         own = processes.rounds(total, batch_size)
     columns: tuple[list[torch.Tensor], ...] = ([], [], [], [])
-    bar = tqdm(
-        total=sum(map(len, own)), desc=description, unit="image", disable=not progress or (distributed and processes.index() > 0)
-    )
-    for part in own:
-        rows = torch.tensor(part or [0])  # all must call a base that is dealt out to them; a row that is nobody's is not kept
-        noise = TrajectoryNoise([seeds[row] for row in rows.tolist()], environment.labels.device)
-        batch = environment.batch(label_rows[rows], prompt_rows[rows], noise)
-        trajectory = rollout(policy, environment.sampler, batch, noise, tuned=tuned)
-        images = environment.decode(trajectory.sample)
-        log_likelihood = environment.score(images, batch.labels)
-        kept = images.float() if keep_images else images.new_zeros(0)
-        for column, values in zip(columns, (kept, log_likelihood, trajectory.kl, trajectory.log_ratio), strict=True):
-            column.append((values if column is columns[0] else values.double()).cpu()[: len(part)])
-        bar.update(len(part))
+    shares = processes.count() if distributed else 1
+    bar = tqdm(total=total, desc=description, unit="image", disable=not progress or (distributed and processes.index() > 0))
+    with global_generators_kept():
+        seed_global_generators(
+            number, processes.index() if distributed else 0
+        )  # for a scorer that draws: other numbers for other rows
+        for part in own:
+            rows = torch.tensor(part or [0])  # all must call a base that is dealt out to them; a row that is nobody's is not kept
+            noise = TrajectoryNoise([seeds[row] for row in rows.tolist()], environment.labels.device)
+            batch = environment.batch(label_rows[rows], prompt_rows[rows], noise)
+            trajectory = rollout(policy, environment.sampler, batch, noise, tuned=tuned)
+            images = environment.decode(trajectory.sample)
+            log_likelihood = environment.score(images, batch.labels)
+            kept = images.float() if keep_images else images.new_zeros(0)
+            for column, values in zip(columns, (kept, log_likelihood, trajectory.kl, trajectory.log_ratio), strict=True):
+                column.append((values if column is columns[0] else values.double()).cpu()[: len(part)])
+            bar.update(min(shares * len(part), total - bar.n))
     bar.close()
     images, *numbers = (torch.cat(column) for column in columns)
     if distributed:

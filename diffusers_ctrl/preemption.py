@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +15,8 @@ from types import FrameType
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, start me again
 MARK_NAME = "preempted.txt"
+FAILED_NAME = "failed.txt"
+STARTED = time.time()
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
@@ -57,13 +62,23 @@ class Preemption:
 def marked(folder: Path) -> Iterator[None]:
     """Leaves a file preempted.txt in the folder if the block is left by `Preempted`, and removes an older one before.
 
-    Launchers (accelerate launch, torchrun) give their own exit status instead of the process's; a job script reads it from there.
+    Launchers (accelerate launch, torchrun) give their own exit status instead of the process's; a job script reads it from there. They also ask
+    all processes to leave when one has failed: that one leaves failed.txt, and then the others' leaving is no preemption.
     """
-    mark = folder / MARK_NAME
+    mark, failed = folder / MARK_NAME, folder / FAILED_NAME
     mark.unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        if failed.stat().st_mtime < STARTED:  # a later one is of a process of this launch
+            failed.unlink(missing_ok=True)
     try:
         yield
     except Preempted as left:
-        folder.mkdir(parents=True, exist_ok=True)
-        mark.write_text(f"{left}\n")
+        if not failed.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            mark.write_text(f"{left}\n")
+        raise
+    except BaseException as error:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            folder.mkdir(parents=True, exist_ok=True)
+            failed.write_text(f"process {os.environ.get('RANK', '0')}: {type(error).__name__}: {error}\n")
         raise

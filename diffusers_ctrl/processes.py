@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -36,6 +37,12 @@ def use_cpu() -> bool:
 
 def make_accelerator(**settings: Any) -> Accelerator:
     """An `Accelerator` of these settings that finds its processes on CPU too, and in which processes wait for each other long enough."""
+    asked, launched = settings.get("mixed_precision"), os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked is not None and launched not in ("no", asked):
+        warnings.warn(
+            f"mixed_precision is {asked}, whatever the launcher says ({launched}): give --mixed_precision {launched} for that.",
+            stacklevel=3,
+        )
     atexit.register(_leave_gloo)
     return Accelerator(cpu=use_cpu(), kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)], **settings)
 
@@ -43,7 +50,7 @@ def make_accelerator(**settings: Any) -> Accelerator:
 def make_state() -> PartialState:
     """What an `Accelerator` knows of its device and of the other processes, for work that is no training."""
     atexit.register(_leave_gloo)
-    return PartialState(cpu=use_cpu())
+    return PartialState(cpu=use_cpu(), timeout=PATIENCE)
 
 
 def leave() -> None:
@@ -80,9 +87,27 @@ def share(total: int) -> range:
 
 def rounds(total: int, size: int = 1) -> list[range]:
     """This process's share in parts of at most `size`; every process has as many parts, so that some may be empty."""
-    own, parts = share(total), -(-total // (count() * size))
-    cuts = [own.start + len(own) * part // parts for part in range(parts + 1)]
-    return [range(*cut) for cut in zip(cuts, cuts[1:], strict=False)]
+    own = share(total)
+    return [range(own.start + part.start, own.start + part.stop) for part in _cut(len(own), total, size)]
+
+
+def _cut(own: int, total: int, size: int) -> list[range]:
+    """The rounds of a share of `own` rows, from 0."""
+    parts = -(-total // (count() * size))
+    return [range(own * part // parts, own * (part + 1) // parts) for part in range(parts)]
+
+
+def cut_alike(total: int, size: int, at_a_time: int | None) -> int | None:
+    """How many rows at a time each process takes of its `rounds`, so that all take equally many calls for one: `at_a_time`, or the next that does.
+
+    Rounds of different processes may differ by a row, and calls of a base that is dealt out are everybody's. Fewer rows rather than more.
+    """
+    if at_a_time is None or count() == 1:
+        return at_a_time
+    each, more = divmod(total, count())
+    pairs = list(zip(_cut(each, total, size), _cut(each + (more > 0), total, size), strict=True))
+    tries = [*range(at_a_time, 0, -1), *range(at_a_time + 1, size + 1)]
+    return next(rows for rows in tries if all(-(-len(a) // rows) == -(-len(b) // rows) for a, b in pairs))
 
 
 def agree(flag: bool) -> bool:
@@ -129,7 +154,7 @@ def gather_rows(tensor: torch.Tensor, *, to_main: bool = False) -> torch.Tensor 
     """
     if count() == 1:
         return tensor
-    shapes = _objects((tuple(tensor.shape), tensor.dtype))
+    shapes = gather_objects((tuple(tensor.shape), tensor.dtype))
     shape, dtype = next((found for found in shapes if found[0][0]), shapes[0])  # a process without rows may not know the rest
     lengths = [length for (length, *_), _ in shapes]
     device = PartialState().device
@@ -154,8 +179,10 @@ def gather_rows(tensor: torch.Tensor, *, to_main: bool = False) -> torch.Tensor 
     return torch.cat(sum(parts, [])) if max(lengths) else tensor
 
 
-def _objects(value: T) -> list[T]:
+def gather_objects(value: T) -> list[T]:
     """The small objects of all processes, in their order."""
+    if count() == 1:
+        return [value]
     found: list[Any] = [None] * count()
     dist.all_gather_object(found, value)
     return found
@@ -173,7 +200,7 @@ def together(*kinds: type[Exception]) -> Iterator[None]:
     except kinds as found:
         error = found
     if count() > 1 and agree(error is not None):
-        messages = _objects(None if error is None else str(error))
+        messages = gather_objects(None if error is None else str(error))
         if error is None:
             other, message = next((i, message) for i, message in enumerate(messages) if message is not None)
             raise kinds[0](f"on process {other}, {message}")

@@ -110,6 +110,9 @@ class CTRLTrainer:
                 f"global_batch_size = {self.batch_size} leaves one of {processes.count()} processes without work at batch_size = "
                 f"{config.batch_size}: choose a multiple of their number."
             )
+        self.at_a_time = config.differentiated_at_a_time
+        if config.shard_base:
+            self.at_a_time = processes.cut_alike(self.batch_size, config.batch_size, self.at_a_time)
         device = self.accelerator.device
         self.policy = policy.to(device)
         spread, names = None, None
@@ -224,6 +227,11 @@ class CTRLTrainer:
         self.accelerator.print(
             f"{self.batch_size} trajectories an update, at most {config.batch_size} at a time on each of {processes.count()} process(es)"
         )
+        if 0 < config.max_updates <= config.coarse_updates:
+            self._tell(
+                f"All {config.max_updates} updates are coarse (coarse_updates = {config.coarse_updates}): nothing is trained on the "
+                f"{config.num_inference_steps} steps that are asked for. Give fewer coarse_updates, or more max_updates."
+            )
         bar = tqdm(total=config.max_updates, initial=self.update, desc="training", bar_format=BAR, disable=not main)
         watched = 0 < config.eval_every <= config.max_updates
         if watched and self.monitor.base is None and self.update < config.max_updates:
@@ -412,10 +420,10 @@ class CTRLTrainer:
             work = [(*one, own) for one, own in zip(started, kept, strict=True)]
         else:
             work = ((*start(rows), {}) for rows in micros)  # one pass: a micro-batch is made when its turn comes
-        found = [
-            self._optimize(self._gradient(environment, work, len(micros), config.objective_options() | options))
-            for options in passes
-        ]
+        always = config.objective_options()
+        if "gradient_batch_size" in always:
+            always["gradient_batch_size"] = self.at_a_time
+        found = [self._optimize(self._gradient(environment, work, len(micros), always | options)) for options in passes]
         return found[0]  # before the first of several optimizer steps the trajectories are the policy's own
 
     def _passes(self, environment: Environment, generator: torch.Generator) -> list[dict[str, Any]]:
@@ -482,7 +490,7 @@ class CTRLTrainer:
                     noise,
                     steps=steps,
                     coarse=self.config.coarse_adjoint,
-                    at_a_time=self.config.differentiated_at_a_time,
+                    at_a_time=self.at_a_time,
                 )
 
     def _baseline(self, environment: Environment) -> Baseline:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "training"), str(Path(__file__).resolve().parent)]
 from diffusers_ctrl import Categorical, CTRLConfig, CTRLTrainer, LabelSpace, Policy, processes  # noqa: E402
+from diffusers_ctrl.baked import measure_baked  # noqa: E402
 from diffusers_ctrl.evaluation import certify, draw_samples  # noqa: E402
 from diffusers_ctrl.experience import NonFiniteError  # noqa: E402
 from figures import sample_rows  # noqa: E402
@@ -37,6 +38,8 @@ OBJECTIVES = {
     "policy_gradient with a critic": {"objective": "policy_gradient", "ppo_epochs": 1, "lookahead_critic": True, "gae_lambda": 0.5},
 }
 UPDATES = 10
+# two processes have three and two of them, and differentiate two at a time: two calls, or one
+ODD = {"objective": "adjoint_matching", "num_regression_steps": 3, "max_updates": 2, "global_batch_size": 5, "batch_size": 4}
 
 
 def make_trainer(problem: str, folder: Path, dtype: torch.dtype = torch.float32, **settings) -> CTRLTrainer:
@@ -111,6 +114,7 @@ def training(folder: Path) -> dict[str, torch.Tensor]:
         for name, settings in OBJECTIVES.items():
             result = trained(problem, folder, max_updates=updates, **settings)
             found |= {f"{problem}/{name}/{key}": value for key, value in result.items()}
+    found |= {f"unet/odd/{key}": value for key, value in trained("unet", folder, **ODD).items()}
     # a control head alone, which the main process warms for all
     warmed = {"lora_rank": 0, "control_head": 16, "critic_trajectories": 60, "critic_updates": 4, "objective": "direct_backprop"}
     result = trained("head", folder, max_updates=2, **warmed)
@@ -145,7 +149,7 @@ def sharded(folder: Path) -> dict[str, torch.Tensor]:
     for name, settings in OBJECTIVES.items():
         result = trained("unet", folder, max_updates=2, shard_base=True, **settings)
         found |= {f"unet/{name}/{key}": value for key, value in result.items()}
-    return found
+    return found | {f"unet/odd/{key}": value for key, value in trained("unet", folder, shard_base=True, **ODD).items()}
 
 
 def sampling(folder: Path, shard: bool = False) -> dict[str, torch.Tensor]:
@@ -167,7 +171,14 @@ def sampling(folder: Path, shard: bool = False) -> dict[str, torch.Tensor]:
     for name, one in {"all": whole, **dict(enumerate(by_label))}.items():
         found[f"certificate/{name}"] = torch.tensor([float(value) for value in vars(one).values()], dtype=torch.float64)
     rows = sample_rows(policy, environment, columns=3, distributed=True)
-    return found if rows is None else found | {"rows": rows}
+    guided = tiny_policy(guidance_scale=3.0, perturb=0.1)
+    if shard:
+        processes.shard(guided.denoiser, sum(guided.trainable_parameters().values(), []))
+    baked = measure_baked(guided, environment, 3, 0, (1.0, 2.0), distributed=True)
+    if rows is None:
+        assert baked == {}
+        return found
+    return found | {"rows": rows, "baked": torch.tensor(list(baked.values()), dtype=torch.float64)}
 
 
 def collectives() -> None:
@@ -207,6 +218,7 @@ def collectives() -> None:
     said = _message(lambda: _together(own == several - 1, fails))
     assert f"process {several - 1} says no" in said
     _together(False, fails)
+    assert processes.gather_objects(own) == list(range(several))
 
 
 def _together(failing: bool, fails) -> None:
@@ -246,6 +258,18 @@ def training_with_a_tracker(folder: Path) -> None:
     assert len(list((folder / "tracked").rglob("events.out.tfevents.*"))) == 2  # the settings and the numbers
 
 
+def scorers_that_draw() -> None:
+    """Rows of different processes must not be scored with the same random numbers, and those of the program stay where they were."""
+    environment, drawn = tiny_environment(4), []
+    object.__setattr__(environment, "reward", lambda x, labels: drawn.append(torch.rand(())) or x.flatten(1)[:, 0])
+    policy = tiny_policy()
+    torch.manual_seed(0)
+    draw_samples(policy, environment, 2, torch.Generator().manual_seed(1), progress=False, distributed=True)
+    found = processes.gather_objects([value.item() for value in drawn])
+    assert len(set(sum(found, []))) == len(sum(found, [])) >= processes.count()
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(0)))
+
+
 def main(folder: Path) -> None:
     warnings.simplefilter("ignore")
     processes.make_accelerator()
@@ -253,6 +277,7 @@ def main(folder: Path) -> None:
     collectives()
     bad_number(folder)
     training_with_a_tracker(folder)
+    scorers_that_draw()
     for name, check in {
         "training": training,
         "sharded": sharded,

@@ -1,9 +1,11 @@
 """The training command, from a YAML file to an adapter that a pipeline loads, at smoke size; and what it says of bad settings."""
 
+import ast
 import json
 import math
 import os
 import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -186,12 +188,35 @@ def test_it_says_what_to_type_next(sd_folder, tmp_path, capsys, monkeypatch):
     assert Image.open(tmp_path / "labelled.png").size == (16, 16)
 
 
+@pytest.mark.parametrize("prompt", ["one", "", 'a "one" for $HOME', "it's `one`!"])
+def test_what_to_type_is_what_a_shell_reads(sd_folder, prompt):
+    pipe = StableDiffusionPipeline.from_pretrained(sd_folder)
+    program = train_ctrl.first_picture(pipe, Path("runs/here"), prompt, {"a": "b"})
+    (read,) = subprocess.run(["bash", "-c", f"printf '%s\\n' {program}"], capture_output=True, text=True).stdout.splitlines()
+    call = ast.parse(read).body[1].value.func.value.value.value  # CTRLPipeline…(…).images[0].save(…)
+    assert [argument.value for argument in call.args] == ([prompt] if prompt else [])
+    classes = SimpleNamespace(__call__=lambda class_labels, guidance_scale: None)
+    assert "([2], label='x')" in train_ctrl.first_picture(classes, Path("here"), "2", "x")
+
+
+def asked_too_late(images):
+    raise ValueError("this oracle cannot read")
+
+
+def test_an_oracle_that_fails_does_so_before_the_training(sd_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_ctrl.CTRLTrainer, "train", lambda self: pytest.fail("it had trained"))
+    monkeypatch.setattr(train_ctrl, "attribute_oracle", lambda task: asked_too_late)
+    with pytest.raises(ValueError, match="this oracle cannot read"):
+        smoke(sd_folder, tmp_path)
+
+
 # -- resume --
 
 
 def test_the_launchers_one_thread_is_made_all_cores_and_other_threads_stay(monkeypatch):
     """In-process and without the launcher the number of threads is whoever's it is."""
-    cpu = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
+    cpu = SimpleNamespace(device=torch.device("cpu"), num_processes=4)  # on four machines
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     for launched, before, after in ((False, 1, 1), (True, 2, 2), (True, 1, 3)):
@@ -200,6 +225,11 @@ def test_the_launchers_one_thread_is_made_all_cores_and_other_threads_stay(monke
         torch.set_num_threads(before)
         train_ctrl.take_cores(cpu)
         assert torch.get_num_threads() == after
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    torch.set_num_threads(1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    train_ctrl.take_cores(cpu)
+    assert torch.get_num_threads() == 3
 
 
 def test_resume_from_latest(run, sd_folder, tmp_path, capsys):
@@ -550,6 +580,14 @@ def test_values_of_the_wrong_type(tmp_path, values):
     config = write_config(tmp_path / "some.yaml", **values)
     with pytest.raises((ValueError, SystemExit)):
         settings_of_a_run.parse_arguments(["--config", config])
+
+
+def test_what_is_about_something_else_does_not_get_the_digits_prompts_and_oracles():
+    for own in (["--dataset", "somewhere", "--attribute", "mood"], ["--attribute=mood"]):
+        task, train = settings_of_a_run.parse_arguments(own)
+        assert task.prompts == [""] and task.oracle is None and task.prompt_oracle is None
+        assert (train.max_updates, train.output_dir) == (CTRLConfig.max_updates, CTRLConfig.output_dir)
+    assert settings_of_a_run.parse_arguments(["--base", "mine"])[0].prompts == list(PROMPTS)
 
 
 def test_no_arguments_are_the_digits_recipe():

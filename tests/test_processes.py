@@ -1,5 +1,6 @@
 """n processes compute what one computes: gradients, weights, samples, certificates; on CPU over gloo, launched as a user would."""
 
+import itertools
 import json
 import os
 import re
@@ -103,7 +104,7 @@ def test_samples_certificates_and_grids_are_those_of_one_process(several, tmp_pa
         else:
             torch.testing.assert_close(found[0][name], value, rtol=1e-9, atol=1e-9, msg=name, equal_nan=True)
     # images are on the main process only; the numbers, and what is computed from them, on all
-    images = {name for name in alone if name.endswith("images")} | {"rows"}
+    images = {name for name in alone if name.endswith("images")} | {"rows", "baked"}
     for other in found[1:]:
         assert set(other) == set(alone) - images
         assert all(torch.equal(value, found[0][name]) for name, value in other.items())
@@ -158,6 +159,39 @@ def test_shares_are_even_and_in_order(monkeypatch):
     assert sum(dealt, []) == list(range(10)) and [len(part) for part in dealt] == [3, 3, 2, 2]
 
 
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_calls_are_as_many_on_every_process(count, monkeypatch):
+    monkeypatch.setattr(processes, "count", lambda: count)
+    for total, size, at_a_time in itertools.product(range(1, 30), range(1, 9), range(1, 9)):
+        if total // count < -(-total // (count * size)) or at_a_time > size:
+            continue  # a process without work, which the trainer refuses; or all at once
+        rows = processes.cut_alike(total, size, at_a_time)
+        calls = []
+        for index in range(count):
+            monkeypatch.setattr(processes, "index", lambda index=index: index)
+            calls.append([-(-len(own) // rows) for own in processes.rounds(total, size)])
+        assert calls == [calls[0]] * count and 0 not in calls[0]
+        assert rows == at_a_time or total % count  # nothing else where all have as many
+        assert rows <= max(at_a_time, size)
+    assert processes.cut_alike(5, 4, None) is None and processes.cut_alike(8 * count, 4, 2) == 2
+
+
+def test_what_the_launcher_says_of_precision_is_not_passed_over(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.warns(UserWarning, match="mixed_precision is no, whatever the launcher says .bf16.: give --mixed_precision bf16"):
+        processes.make_accelerator(mixed_precision="no")
+
+
+def test_processes_wait_long_for_each_other(tmp_path):
+    """Whatever makes the group: one of them may have all the work of an interrupted dataset."""
+    script = tmp_path / "patience.py"
+    script.write_text(
+        "import sys, torch.distributed as dist\nfrom diffusers_ctrl import processes\nprocesses.make_state()\n"
+        "assert dist.group.WORLD._get_backend(processes.torch.device('cpu')).options._timeout == processes.PATIENCE\n"
+    )
+    launch(2, str(script))
+
+
 def test_batches_that_cannot_be_dealt_out_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="global_batch_size must be at least 1, got 0"):
         make_trainer("gaussian", tmp_path, global_batch_size=0)
@@ -204,8 +238,9 @@ COMMANDS = """
 import json, sys
 from pathlib import Path
 sys.path[:0] = {paths!r}
-import evaluate, train_ctrl
+import evaluate, train_classifier, train_ctrl
 from diffusers_ctrl import processes
+report = train_classifier.main({train!r})  # the same classifier as the training's own
 train_ctrl.main({train!r})
 processes.on_main(lambda: None)  # the adapter is written
 evaluate.main({evaluate!r})

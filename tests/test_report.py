@@ -213,7 +213,18 @@ def test_log_lines_say_which_process_they_are_from(capsys):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"coarse_updates": 100, "coarse_steps": 2, "low_vram": True, "objective": "direct_backprop"}]
+    "changes",
+    [
+        {},
+        {
+            "coarse_updates": 100,
+            "coarse_steps": 2,
+            "low_vram": True,
+            "objective": "direct_backprop",
+            "kl_limit": 4.0,
+            "eval_every": 50,
+        },
+    ],
 )
 def test_a_dry_run_measures_and_leaves_nothing(sd_folder, dataset, tmp_path, monkeypatch, capsys, changes):
     scratch = tmp_path / "scratch"
@@ -248,5 +259,7 @@ def test_low_vram_keeps_the_batch_and_changes_what_costs_memory():
     assert config.checkpointing and config.reward_batch_size == 1 and not config.merge_lora and task.sample_batch_size == 8
     half = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     assert (task.dtype, config.mixed_precision) == (("bfloat16", "bf16") if half else ("float32", "no"))
+    _, config = parse_arguments(["--low_vram", "true", "--batch_size", "16", "--global_batch_size", "64"])
+    assert (config.batch_size, config.global_batch_size, config.gradient_accumulation_steps) == (1, 64, 1)
     task, config = parse_arguments([])
     assert config.batch_size == 32 and config.reward_batch_size is None and task.sample_batch_size == 100

@@ -20,7 +20,7 @@ from test_cli import settings as smoke_settings
 
 from diffusers_ctrl.adapters import load_adapter
 from diffusers_ctrl.checkpoints import find_checkpoints, read_checkpoint
-from diffusers_ctrl.preemption import EXIT_PREEMPTED, MARK_NAME
+from diffusers_ctrl.preemption import EXIT_PREEMPTED, FAILED_NAME, MARK_NAME, Preempted, marked
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -269,6 +269,39 @@ def test_torchrun_hands_the_request_on(command, tmp_path, datasets_cache):
     assert "resume_from latest goes on" in (tmp_path / "launched" / MARK_NAME).read_text()
     (folder,) = find_checkpoints(tmp_path / "launched" / "checkpoints")
     assert 0 < read_checkpoint(folder).state["update"] < 200
+
+
+FAILS = """
+import sys, time
+from pathlib import Path
+from diffusers_ctrl import processes
+from diffusers_ctrl.preemption import Preemption, marked
+with Preemption(at_once=True), marked(Path(sys.argv[1])):
+    processes.make_state().wait_for_everyone()
+    if processes.index() == 1:
+        raise RuntimeError("no room")
+    time.sleep(60)
+"""
+
+
+def test_leaving_because_another_process_failed_is_no_preemption(tmp_path):
+    """The launcher asks the others to leave as a cluster would; a job script that starts preempted runs again must not go on for ever."""
+    script, out = tmp_path / "fails.py", tmp_path / "run"
+    script.write_text(FAILS)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([*launcher, str(script), str(out)], env=environment, capture_output=True, timeout=300)
+    assert run.returncode != 0
+    assert [path.name for path in out.iterdir()] == [FAILED_NAME]
+    assert (out / FAILED_NAME).read_text() == "process 1: RuntimeError: no room\n"
+    # what an earlier start left says nothing of this one
+    os.utime(out / FAILED_NAME, (0, 0))
+    with pytest.raises(Preempted), marked(out):
+        raise Preempted("SIGTERM arrived")
+    assert [path.name for path in out.iterdir()] == [MARK_NAME]
+    with pytest.raises(RuntimeError), marked(out):  # one process alone ends with its error
+        raise RuntimeError("no room")
+    assert not list(out.iterdir())
 
 
 @pytest.mark.slow

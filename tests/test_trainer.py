@@ -289,6 +289,14 @@ def test_a_coarse_start_runs_on_fewer_steps_and_then_on_all(tmp_path):
     assert trainer.environment.sampler.scheduler.num_inference_steps == 10
 
 
+def test_a_run_that_is_coarse_throughout_is_told_of(tmp_path, caplog):
+    make_trainer(tmp_path, coarse_updates=3, coarse_steps=4, max_updates=2).train()
+    assert "All 2 updates are coarse (coarse_updates = 3): nothing is trained on the 10 steps" in caplog.text
+    caplog.clear()
+    make_trainer(tmp_path / "other", coarse_updates=1, coarse_steps=4, max_updates=2).train()
+    assert "coarse" not in caplog.text
+
+
 def test_old_checkpoints_are_pruned_and_nothing_is_half_written(tmp_path):
     make_trainer(tmp_path, checkpoint_every=1, checkpoints_total_limit=2).train()
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
@@ -680,7 +688,8 @@ def test_state_is_json(tmp_path):
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"gae_lambda": 1.5, "lookahead_critic": True}, "gae_lambda must be from 0 to 1, got 1.5"),
         ({"gae_lambda": 0.5}, "gae_lambda = 0.5 needs lookahead_critic"),
-        ({"kl_limit": 1.0, "eval_every": 0}, "kl_limit must be positive and needs eval_every"),
+        ({"kl_limit": 1.0, "eval_every": 0}, "kl_limit must be positive and needs an eval_every"),
+        ({"kl_limit": 1.0, "eval_every": 50, "max_updates": 6}, "eval_every = 50 and max_updates = 6"),
         ({"max_bad_updates": 0}, "max_bad_updates must be at least 1, got 0"),
         ({"eta": 0.0}, "adds no noise at any step"),
     ],

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from diffusers_ctrl import CTRLConfig, CTRLTrainer
+from diffusers_ctrl import CTRLConfig, CTRLTrainer, processes
 from diffusers_ctrl.compiling import compiles
 from diffusers_ctrl.evaluation import draw_samples
 from task import TaskConfig
@@ -38,7 +38,14 @@ def dry_settings(task: TaskConfig, config: CTRLConfig) -> Iterator[tuple[TaskCon
         yield (
             replace(task, num_labels=few if task.num_labels is None else min(few, task.num_labels)),
             replace(
-                config, output_dir=str(folder), report_to="none", resume_from=None, checkpoint_every=0, sample_every=0, eval_every=0
+                config,
+                output_dir=str(folder),
+                report_to="none",
+                resume_from=None,
+                checkpoint_every=0,
+                sample_every=0,
+                eval_every=0,
+                kl_limit=None,
             ),
         )
     finally:
@@ -94,7 +101,8 @@ def print_dry_run(trainer: CTRLTrainer, task: TaskConfig) -> dict[str, Any]:
         "peak_bytes": peak,
         "seconds_train": found["seconds_per_update"] * fine
         + found.get("seconds_per_coarse_update", 0.0) * min(config.coarse_updates, config.max_updates),
-        "seconds_samples": per_sample * (task.base_samples + task.eval_samples * len(trainer.environment.labels)),
+        "seconds_samples": per_sample
+        * -(-(task.base_samples + task.eval_samples * len(trainer.environment.labels)) // processes.count()),
     }
     if not trainer.accelerator.is_main_process:
         return found

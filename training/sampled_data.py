@@ -314,7 +314,8 @@ def label_image_folder(
                 yield _label(labellers, label_names, np.stack(pictures), names) | {"file_name": names}
 
     written = _write_shards(out, len(files), shard_size, settings, features, read, "labelling images")
-    if skipped:
+    skipped = sum(processes.gather_objects(skipped), [])
+    if skipped and processes.index() == 0:
         warnings.warn(f"{str(folder)!r}: {len(skipped)} images were skipped. {' '.join(skipped[:5])}", stacklevel=2)
     return written
 
@@ -342,7 +343,8 @@ def main(arguments: list[str] | None = None) -> Path:
     labellers = {attribute: import_function(path) for attribute, path in pairs["labeller"].items()}
     names = {attribute: text.split("|") for attribute, text in pairs["names"].items()}
     out = label_image_folder(labellers=labellers, label_names=names, **options)
-    print(f"Written to {out}/.")
+    if processes.index() == 0:
+        print(f"Written to {out}/.")
     return out
 
 

@@ -216,15 +216,27 @@ class TaskConfig:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[TaskConfig, CTRLConfig]:
-    """Defaults < YAML file < command line. Raises ValueError for a key of the YAML file that is no field."""
+    """Defaults < YAML file < command line. Raises ValueError for a key of the YAML file that is no field.
+
+    Without --config the file is the digits' recipe; with a dataset or attribute of one's own there is none, since its prompts and oracles are
+    the digits' strokes'.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = HfArgumentParser((TaskConfig, CTRLConfig), description=__doc__, allow_abbrev=False)
-    parser.add_argument("--config", default=str(DEFAULT_CONFIG), help="YAML file with any of the fields below.")
+    parser.add_argument(
+        "--config",
+        default=str(DEFAULT_CONFIG),
+        help="YAML file with any of the fields below, in place of the defaults that are shown there. Without --dataset and --attribute it is "
+        "%(default)s.",
+    )
     config = next((a.split("=", 1)[1] for a in arguments if a.startswith("--config=")), None)
     if config is None:
-        config = arguments[arguments.index("--config") + 1] if "--config" in arguments[:-1] else str(DEFAULT_CONFIG)
+        own = {argument.split("=", 1)[0] for argument in arguments} & {"--dataset", "--attribute"}
+        config = (
+            arguments[arguments.index("--config") + 1] if "--config" in arguments[:-1] else None if own else str(DEFAULT_CONFIG)
+        )
     try:
-        values = yaml.safe_load(Path(config).read_text()) or {}
+        values = {} if config is None else yaml.safe_load(Path(config).read_text()) or {}
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"--config {config} cannot be read: {error}.") from error
     known = {f.name for f in (*fields(TaskConfig), *fields(CTRLConfig))}
@@ -250,17 +262,19 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[TaskConfig, CTR
     except SystemExit as error:
         if error.code == 0:  # --help
             raise
-        raise ValueError(f"The arguments, or the values in {config}, are not of the right kind; see above.") from error
+        file = "" if config is None else f", or the values in {config},"
+        raise ValueError(f"The arguments{file} are not of the right kind; see above.") from error
     return save_memory(task, train) if task.low_vram else (task, train)
 
 
 def save_memory(task: TaskConfig, train: CTRLConfig) -> tuple[TaskConfig, CTRLConfig]:
     """The settings of `low_vram` in place of those given. The batch of an update stays as it is, and the precision on a CPU."""
     half = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    follows = train.global_batch_size is not None
     settings = replace(
         train,
         batch_size=1,
-        gradient_accumulation_steps=train.batch_size * train.gradient_accumulation_steps,
+        gradient_accumulation_steps=1 if follows else train.batch_size * train.gradient_accumulation_steps,
         checkpointing=True,
         reward_batch_size=1,
         merge_lora=False,

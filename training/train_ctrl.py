@@ -7,8 +7,10 @@ With no arguments: the embedded digits base learns stroke width from 600 labelle
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import shlex
 import sys
 import time
 from dataclasses import replace
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from diffusers import DiffusionPipeline
 
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
@@ -63,7 +66,15 @@ def take_cores(accelerator: Accelerator) -> None:
     """
     if accelerator.device.type == "cpu" and torch.get_num_threads() == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // accelerator.num_processes))
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def first_picture(pipe: DiffusionPipeline, folder: Path, prompt: str, label: Any) -> str:
+    """The program that draws a labelled picture with the adapter of that folder, quoted for a shell."""
+    given = f"[{prompt}], " if "class_labels" in inspect.signature(pipe.__call__).parameters else f"{prompt!r}, " if prompt else ""
+    program = f"from diffusers_ctrl import CTRLPipeline; CTRLPipeline.from_pretrained({str(folder)!r})({given}label={label!r})"
+    program += ".images[0].save('labelled.png')"
+    return shlex.quote(program) if set(program) & set('"$`\\!') else f'"{program}"'
 
 
 def run(task: TaskConfig, config: CTRLConfig) -> dict[str, Any]:
@@ -143,7 +154,10 @@ def run(task: TaskConfig, config: CTRLConfig) -> dict[str, Any]:
     log_partitions = [exact_law(base, replace(environment, gamma=g), scores=scores)["base_log_partition"] for g in gammas]
     trainer.log_partition = sum(log_partitions) / len(gammas)
 
-    # 4. train, save, judge
+    # 4. train, save, judge. The oracles are asked once before, so that one that fails does so before the training
+    judges = {"oracle": oracle, "prompt_oracle": prompt_judge(task.prompt_oracle, task.prompts)}
+    with processes.together(Exception):
+        base = judge(base, environment, **judges)
     history = trainer.train()
     judging_started = time.time()
     metrics: dict[str, Any] = {
@@ -167,17 +181,16 @@ def run(task: TaskConfig, config: CTRLConfig) -> dict[str, Any]:
             description="evaluation",
             **sizes,
         )
-        judges = {"oracle": oracle, "prompt_oracle": prompt_judge(task.prompt_oracle, task.prompts)}
-        tuned, base = (judge(samples, environment, **judges) for samples in (tuned, base))
+        tuned = judge(tuned, environment, **judges)
         metrics |= evaluate(tuned, base, environment, names, scores=scores) if main else {}
         if config.gamma_range is not None:
             generator = torch.Generator(accelerator.device).manual_seed(config.seed + 3_000_003)
             metrics |= evaluate_gammas(
                 policy, environment, base, gammas, task.eval_samples, generator, names, scores=scores, **sizes, **judges
             )
-        if config.guidance_scale > 1 and main and not config.control_head:
+        if config.guidance_scale > 1 and not config.control_head:
             scales, few = label_scales(config.guidance_scale), max(1, task.eval_samples // 5)
-            metrics |= measure_baked(policy, environment, few, config.seed + 4_000_003, scales)
+            metrics |= measure_baked(policy, environment, few, config.seed + 4_000_003, scales, distributed=True)
     rows = sample_rows(policy, environment, distributed=True)
     if rows is None:
         return metrics
@@ -219,11 +232,7 @@ def run(task: TaskConfig, config: CTRLConfig) -> dict[str, Any]:
     )
     if task.push_to_hub:
         print("Pushed:", push_adapter(output, task.hub_model_id))
-    prompt = f"{task.prompts[-1]!r}, " if task.prompts[-1] else ""
-    print(
-        'Next:\n  python -c "from diffusers_ctrl import CTRLPipeline; '
-        f"CTRLPipeline.from_pretrained('{output}')({prompt}label={likelihood.space.example()!r}).images[0].save('labelled.png')\""
-    )
+    print(f"Next:\n  python -c {first_picture(pipe, output, task.prompts[-1], likelihood.space.example())}")
     return metrics
 
 

@@ -133,11 +133,22 @@ def _interleaved(streams: list[tuple[LabelledStream, list[int]]], width: int) ->
 
 
 def _meaning(attribute: AttributeTask) -> Attribute | None:
-    """What the settings say of the attribute's labels; None where its dataset does."""
+    """What the settings say of the attribute's labels; None where its dataset does.
+
+    Raises:
+        ValueError: for label_names of the embedded digits that are not theirs: their classes are cut, and named in the card, in one order.
+    """
     if attribute.interval is not None:
         return attribute.interval
     if attribute.dataset.startswith("digits:") and attribute.scorer is None:
-        return label_attribute(parse_part(attribute.dataset.removeprefix("digits:"))[0])
+        digits = label_attribute(parse_part(attribute.dataset.removeprefix("digits:"))[0])
+        classes = digits.names if isinstance(digits, Categorical) else ()
+        if attribute.names not in (None, classes):
+            raise ValueError(
+                f"label_names of {attribute.name!r} are {list(attribute.names)}, but {attribute.dataset!r} has "
+                f"{f'the classes {list(classes)}, in this order' if classes else 'numbers for labels'}: leave label_names out."
+            )
+        return digits
     return None if attribute.names is None else attribute.categorical(attribute.names)
 
 
@@ -291,7 +302,8 @@ def make_likelihood(
     """
     attributes = task.attributes()
     scorers = {attribute.name: import_function(attribute.scorer) for attribute in attributes if attribute.scorer is not None}
-    given = {attribute.name: _meaning(attribute) for attribute in attributes if attribute.name in scorers}
+    meanings = {attribute.name: _meaning(attribute) for attribute in attributes}  # of all, for their errors come before any work
+    given = {name: meanings[name] for name in scorers}
     classifier, saved = None, NOTHING_FITTED
     if len(scorers) < len(attributes):
         found = processes.on_main(lambda: load_fitted(folder, classifier_settings(task, config))) if config.resume_from else None

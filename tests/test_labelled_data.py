@@ -285,6 +285,48 @@ def test_images_of_any_shape_and_mode(tmp_path):
     assert colours_of(data)[3:] == ["blue", "red", "blue"]
 
 
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_upright_whichever_way_they_are_stored(tmp_path, kind, orientation):
+    """The same as `datasets` decodes, which turns them too: and so what it decoded is not turned twice."""
+    corner = Image.new("L", (16, 16), 0)
+    corner.paste(255, (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[274] = orientation
+    path = write_parquet(tmp_path / "a.parquet", ["red"], [encoded(corner, kind, exif=exif)])
+    images = load(path, 16).images
+    table = datasets.Dataset.from_parquet(str(path))
+    theirs = np.asarray(table[0]["image"].convert("RGB"))
+    assert np.array_equal((images[0] * 255).round().byte().permute(1, 2, 0).numpy(), theirs)
+    right, below = orientation in (2, 3, 6, 7), orientation in (3, 4, 7, 8)
+    assert images[0, 0, 12 if below else 3, 12 if right else 3] > 0.9 and images[0, 0].mean() < 0.3
+    table.map(lambda row: row).to_parquet(tmp_path / "b.parquet")
+    assert torch.equal(load(tmp_path / "b.parquet", 16).images, images)
+
+
+def test_grey_images_of_16_bits(tmp_path):
+    levels = np.linspace(0, 65535, 64).round().reshape(8, 8).astype(np.uint16)
+    raw = b"P5 8 8 65535\n" + levels.astype(">u2").tobytes()
+    big_endian = Image.fromarray(levels.astype(">u2"))
+    cells = [encoded(Image.fromarray(levels)), encoded(big_endian, "TIFF"), {"bytes": raw, "path": None}]
+    data = load(write_parquet(tmp_path / "some.parquet", LABELS[:3], cells))
+    for image in data.images:
+        torch.testing.assert_close(image, torch.linspace(0, 1, 64).reshape(1, 8, 8).expand(3, -1, -1), rtol=0, atol=0.6 / 255)
+
+
+@pytest.mark.parametrize("dtype, mode", [(np.float32, "F"), (np.int32, "I")])
+def test_grey_images_without_a_white_are_refused(tmp_path, dtype, mode):
+    cell = encoded(Image.fromarray(np.ones((8, 8), dtype)), "TIFF")
+    with pytest.raises(ValueError, match=rf"row 0 .* its grey values \(TIFF, mode {mode}\) have no known white; save it with 8 or 16 bits\."):
+        load(write_parquet(tmp_path / "some.parquet", ["red"], [cell]))
+
+
 # -- numbers, several columns, rows without a label --
 
 COLUMNS = {

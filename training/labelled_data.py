@@ -16,7 +16,7 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 MANIFEST = "manifest.json"  # beside the shards that sampled_data writes
@@ -83,11 +83,22 @@ def open_dataset(name: str, split: str = "train", *, streaming: bool = False) ->
         ) from error
 
 
+def _as_seen(picture: Image.Image) -> Image.Image:
+    """An opened picture as a viewer shows it, RGB. Raises ValueError for grey values of which nobody knows where white is."""
+    sixteen = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM"))
+    if picture.mode in ("I", "F") and not sixteen:
+        raise ValueError(f"its grey values ({picture.format}, mode {picture.mode}) have no known white; save it with 8 or 16 bits")
+    picture = ImageOps.exif_transpose(picture)  # a camera stores what it saw, and beside it which way is up
+    if sixteen:  # convert() would cut off all above 255
+        picture = Image.fromarray(((np.asarray(picture).astype(np.int32) + 128) // 257).astype(np.uint8))
+    return picture.convert("RGB")
+
+
 def read_picture(source: io.BytesIO | str | os.PathLike, where: str, size: int) -> np.ndarray:
-    """Decodes one image, centre-cropped to a square and resized: (size, size, 3) uint8. Raises ValueError naming `where`."""
+    """Decodes one image, upright, centre-cropped to a square and resized: (size, size, 3) uint8. Raises ValueError naming `where`."""
     try:
         with Image.open(source) as picture:
-            picture = picture.convert("RGB")
+            picture = _as_seen(picture)
             if picture.size != (size, size):
                 side = min(picture.size)
                 left, top = (picture.width - side) // 2, (picture.height - side) // 2

@@ -22,9 +22,19 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _number(name: str) -> float | None:
+    """The finite number that a name is, or None."""
+    try:
+        return number if math.isfinite(number := float(name)) else None
+    except ValueError:
+        return None
+
+
 @dataclass(frozen=True)
 class Categorical:
     """One of several names. `names` are unique, non-empty strings; the label is the index into them.
+
+    Names may be numbers, "1" or "0.5": such a number is then that class, whatever its index, and where all are numbers none is an index.
 
     Where the classes are ranges of a number, `thresholds` are the len(names) - 1 increasing values between them, in `unit`: for the
     reader of a card, since nothing is computed from them.
@@ -53,11 +63,15 @@ class Categorical:
         """Name or index -> index. Raises ValueError naming the attribute and what is allowed."""
         if isinstance(value, str) and value in self.names:
             return float(self.names.index(value))
-        if _is_number(value) and float(value).is_integer() and 0 <= value < len(self.names):
+        numbers = [_number(name) for name in self.names]
+        if _is_number(value) and value in numbers:
+            return float(numbers.index(value))
+        indexed = None in numbers
+        if indexed and _is_number(value) and float(value).is_integer() and 0 <= value < len(self.names):
             return float(value)
         raise ValueError(
-            f"Unknown label {value!r} for attribute {attribute!r}: use one of {list(self.names)} or an index from 0 to "
-            f"{len(self.names) - 1}."
+            f"Unknown label {value!r} for attribute {attribute!r}: use one of {list(self.names)}"
+            f"{f' or an index from 0 to {len(self.names) - 1}' if indexed else ''}."
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -73,6 +73,31 @@ def test_a_tensor_of_indices_is_one_label_a_prompt():
 
 
 @pytest.mark.parametrize(
+    ("names", "value", "index"),
+    [
+        (("1", "2", "3"), 1, 0.0),  # a column of whole numbers gives such names
+        (("1", "2", "3"), 3.0, 2.0),
+        (("1", "2", "3"), "2", 1.0),
+        (("10", "2"), 2, 1.0),
+        (("0.5", "1.0"), 0.5, 0.0),
+        (("0.5", "1.0"), 1, 1.0),  # so does one of floats
+        (("0", "1", "2"), 1, 1.0),
+        (("911", "beetle", "2cv"), 911, 0.0),
+        (("911", "beetle", "2cv"), 2, 2.0),
+        (("nan", "inf"), 1, 1.0),
+    ],
+)
+def test_a_number_is_the_class_of_that_name(names, value, index):
+    assert_rows(LabelSpace(rank=Categorical(names)).encode({"rank": value}), [[index]])
+
+
+@pytest.mark.parametrize("value", [0, 4, 1.5, "one", True])
+def test_where_all_names_are_numbers_none_is_an_index(value):
+    with pytest.raises(ValueError, match=r"label .* for attribute 'rank': use one of \['1', '2', '3'\]\.$"):
+        LabelSpace(rank=Categorical(("1", "2", "3"))).encode(value)
+
+
+@pytest.mark.parametrize(
     "label",
     ["italic", "", "Bold", -1, 3, 1.5, NAN, math.inf, True, False, b"bold", {"stroke": "italic"}],
 )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 
 import torch
@@ -27,11 +28,11 @@ def attribute_rewards(rewards: Mapping[str, Reward], space: LabelSpace) -> Rewar
     that attribute is given, images (b, C, H, W) and their own column of labels (b, 1), and returns (b,) nats. A row where it is not given
     gets exactly 0 from it, and no gradient.
 
-    If one of the rewards has no gradient, so has the sum: an objective that needs it must not take a part of it for the whole.
+    If one of the rewards has no gradient, so has the sum: an objective that needs it must not take a part of it for the whole. A NaN
+    stays in the sum, where training finds it (`checked`) and evaluation refuses it (`Environment.score`); a warning names the attribute.
 
     Raises:
-        ValueError: if `rewards` and the space do not have the same attributes; when called, for labels or rewards of the wrong shape,
-            or a reward that is NaN.
+        ValueError: if `rewards` and the space do not have the same attributes; when called, for labels or rewards of the wrong shape.
     """
     if set(rewards) != set(space.attributes):
         raise ValueError(f"Each attribute needs one reward: got {sorted(rewards)} for {sorted(space.attributes)}.")
@@ -52,7 +53,7 @@ def attribute_rewards(rewards: Mapping[str, Reward], space: LabelSpace) -> Rewar
             if value.shape != rows.shape:
                 raise ValueError(f"The reward of attribute {name!r} must return ({len(rows)},), got {tuple(value.shape)}.")
             if value.isnan().any():
-                raise ValueError(f"The reward of attribute {name!r} is NaN for {int(value.isnan().sum())} of {len(rows)} images.")
+                warnings.warn(f"The reward of attribute {name!r} is NaN for some images.", stacklevel=2)  # no number: it is shown once
             differentiable = differentiable and value.requires_grad
             total = total.index_add(0, rows, value.to(total))
         return total if differentiable else total.detach()

@@ -321,7 +321,14 @@ class Environment:
         return 1 if self.prompt_embeds is None else len(self.prompt_embeds)
 
     def score(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """log p̂(y | x), (B,) nats, on the labels' device. Raises ValueError where the reward gives anything else."""
+        """log p̂(y | x), (B,) nats, on the labels' device. Raises ValueError where the reward gives anything else, NaN included."""
+        found = self._reward(images, labels)
+        if found.isnan().any():
+            bad = int(found.isnan().sum())
+            raise ValueError(f"The log-likelihood is NaN for {bad} of {len(found)} images: the reward must give a number for each.")
+        return found
+
+    def _reward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         found = self.reward(images, labels)
         if not (isinstance(found, torch.Tensor) and found.is_floating_point() and found.shape == (len(images),)):
             what = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
@@ -329,16 +336,21 @@ class Environment:
         return found.to(labels.device)
 
     def log_likelihood(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """log p̂(y | decode(x)), (B,) nats."""
-        return in_chunks(lambda x, labels: self.score(self.decode(x), labels), self.reward_batch_size)(x, labels)
+        """log p̂(y | decode(x)), (B,) nats. A NaN is left in: training, which asks for it, skips the update, on all processes."""
+        return in_chunks(lambda x, labels: self._reward(self.decode(x), labels), self.reward_batch_size)(x, labels)
 
     def scores(self, images: torch.Tensor) -> torch.Tensor:
         """log p̂ of every label of the environment, (B, C, H, W) -> (B, M) nats."""
         return torch.stack([self.score(images, label.expand(len(images), -1)) for label in self.labels], dim=1)
 
     def log_likelihoods(self, x: torch.Tensor) -> torch.Tensor:
-        """The same of states, (B, C, *) -> (B, M) nats: decoded once."""
-        return in_chunks(lambda x: self.scores(self.decode(x)), self.reward_batch_size)(x)
+        """The same of states, (B, C, *) -> (B, M) nats: decoded once. A NaN is left in, as of states that are not finished."""
+
+        def scores(x: torch.Tensor) -> torch.Tensor:
+            images = self.decode(x)
+            return torch.stack([self._reward(images, label.expand(len(images), -1)) for label in self.labels], dim=1)
+
+        return in_chunks(scores, self.reward_batch_size)(x)
 
     def start(self, choice: Choice, generator: RandomSource) -> Batch:
         """The batch of a choice, its x_0 drawn from `generator`."""

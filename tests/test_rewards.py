@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from diffusers_ctrl import Categorical, Classifier, Continuous, LabelSpace
+from diffusers_ctrl.evaluation import draw_samples
 from diffusers_ctrl.rewards import attribute_rewards, classifier_reward
+from problems import GaussianLikelihood
+from test_trainer import make_trainer
 
 
 NAN = float("nan")
@@ -102,13 +105,41 @@ def test_each_attribute_needs_its_reward(names):
     [
         (lambda x, y: ink_score(x, y).sum(), r"'ink' must return \(2,\), got \(\)"),
         (lambda x, y: ink_score(x, y)[:, None], r"'ink' must return \(2,\), got \(2, 1\)"),
-        (lambda x, y: ink_score(x, y) * math.nan, "'ink' is NaN for 2 of 2"),
     ],
 )
 def test_a_reward_that_returns_something_else(score, message):
     both = attribute_rewards({"shade": classifier_reward(shade_classifier()), "ink": score}, SPACE)
     with pytest.raises(ValueError, match=message):
         both(pictures(), LABELS)
+
+
+def test_a_nan_stays_in_the_sum_and_a_warning_names_the_attribute():
+    score = lambda x, y: torch.where(y[:, 0] > 0.5, math.nan, ink_score(x, y))  # noqa: E731
+    both = attribute_rewards({"shade": classifier_reward(shade_classifier()), "ink": score}, SPACE)
+    with pytest.warns(UserWarning, match="reward of attribute 'ink' is NaN"):
+        assert both(pictures(), LABELS).isnan().tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize("objective", ["direct_backprop", "policy_gradient"])
+def test_training_skips_an_update_whose_scorer_gives_a_nan_and_evaluation_refuses_it(tmp_path, objective, caplog):
+    calls, good = [], GaussianLikelihood((-0.4, 1.0), 0.6)
+
+    def scorer(x, labels):
+        calls.append(x)
+        return good(x, labels) * (math.nan if len(calls) == 2 else 1.0)
+
+    space = LabelSpace(y=Categorical(("low", "high")))
+    trainer = make_trainer(tmp_path, attribute_rewards({"y": scorer}, space), objective=objective, max_updates=3, max_bad_updates=2)
+    with pytest.warns(UserWarning, match="reward of attribute 'y' is NaN"):
+        history = trainer.train()
+    assert [row["update"] for row in history] == [1, 3]
+    assert "Update 2 was skipped, 1 in a row (2 stop the training): in micro-batch 1 of 1, the log-likelihood is NaN" in caplog.text
+    del calls[1:]
+    with (
+        pytest.warns(UserWarning, match="reward of attribute 'y' is NaN"),
+        pytest.raises(ValueError, match="The log-likelihood is NaN for 8 of 8 images: the reward must give a number for each"),
+    ):
+        draw_samples(trainer.policy, trainer.environment, 4, torch.Generator().manual_seed(0), progress=False)
 
 
 def test_labels_of_another_space():

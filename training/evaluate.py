@@ -32,7 +32,7 @@ from diffusers_ctrl.labels import LabelGrid, label_grid  # noqa: E402
 from diffusers_ctrl.recording import record_conditions  # noqa: E402
 from diffusers_ctrl.rewards import attribute_rewards, classifier_reward  # noqa: E402
 from diffusers_ctrl.rollouts import Environment, Sampler, in_chunks  # noqa: E402
-from diffusers_ctrl.sampling import labelled_scheduler  # noqa: E402
+from diffusers_ctrl.transitions import scheduler_class  # noqa: E402
 from figures import plot_samples, sample_rows  # noqa: E402
 from report import plot_agreement, print_table, write_metrics  # noqa: E402
 from task import TaskConfig, attribute_oracle, import_function, parse_arguments, prompt_judge  # noqa: E402
@@ -83,7 +83,10 @@ def adapter_environment(
         injection_site=adapter.config.injection_site,
         guidance_scale=settings["guidance_scale"],
     )
-    pipe.scheduler, steps = labelled_scheduler(pipe.scheduler, settings), settings["num_inference_steps"]
+    # the adapter's own, also where the base comes with another: figures are of the law that it was trained for
+    known = type(pipe.scheduler).__name__ == settings["scheduler"]
+    scheduler = type(pipe.scheduler) if known else scheduler_class(settings["scheduler"])
+    pipe.scheduler, steps = scheduler.from_config(settings["scheduler_config"]), settings["num_inference_steps"]
     conditions = record_conditions(pipe, task.prompts, num_inference_steps=steps, guidance_scale=settings["guidance_scale"])
     environment = Environment(
         Sampler(pipe.scheduler, steps, settings["options"], conditions.grid),

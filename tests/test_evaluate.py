@@ -34,3 +34,14 @@ def test_an_adapters_scheduler_that_nobody_knows(adapter):
     sampler = {**adapter.config.sampler, "scheduler": "NoScheduler"}
     with pytest.raises(ValueError, match="no scheduler 'NoScheduler' with a known transition"):
         adapter_environment(replace(adapter, config=replace(adapter.config, sampler=sampler)), TASK)
+
+
+def test_the_base_has_the_precision_that_is_asked_for(adapter):
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        policy, environment = adapter_environment(adapter, replace(TASK, dtype=name))
+        frozen = {p.dtype for n, p in policy.denoiser.named_parameters() if "lora" not in n}
+        assert frozen == {dtype} and environment.prompt_embeds.dtype == dtype
+        with policy.merged():
+            found = samples(policy, environment)
+        assert found.log_likelihood.isfinite().all() and found.kl.isfinite().all() and found.kl.mean() > 0

@@ -35,7 +35,7 @@ from diffusers_ctrl.rollouts import Environment, Sampler, in_chunks  # noqa: E40
 from diffusers_ctrl.transitions import scheduler_class  # noqa: E402
 from figures import plot_samples, sample_rows  # noqa: E402
 from report import plot_agreement, print_table, write_metrics  # noqa: E402
-from task import TaskConfig, attribute_oracle, import_function, parse_arguments, prompt_judge  # noqa: E402
+from task import DTYPES, TaskConfig, attribute_oracle, import_function, parse_arguments, prompt_judge  # noqa: E402
 
 
 @dataclass
@@ -49,7 +49,7 @@ class EvaluateConfig:
 def adapter_environment(
     adapter: Adapter, task: TaskConfig, grid: LabelGrid | None = None, device: torch.device | str = "cpu"
 ) -> tuple[Policy, Environment]:
-    """The adapter on its base as a policy, and what it is judged in: its own sampler and gamma, the task's prompts.
+    """The adapter on its base as a policy, and what it is judged in: its own sampler and gamma, the task's prompts and precision.
 
     log p̂ is that of the classifier which the adapter brings, or else the sum of the task's scorers.
 
@@ -72,7 +72,7 @@ def adapter_environment(
         reward = classifier_reward(adapter.classifier.to(device))
     grid = grid or label_grid(space)
     settings, base = adapter.config.sampler, adapter.config.base
-    pipe = CTRLPipeline.from_pretrained(base["id"], revision=base["revision"]).to(device)
+    pipe = CTRLPipeline.from_pretrained(base["id"], revision=base["revision"], torch_dtype=DTYPES[task.dtype]).to(device)
     denoiser = pipe.denoiser.requires_grad_(False)
     if adapter.lora:
         load_lora_state_dict(denoiser, adapter.lora)

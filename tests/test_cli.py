@@ -380,11 +380,12 @@ def test_evaluation_knows_the_range(gamma_run, sd_folder, tmp_path):
     import evaluate
 
     config = write_config(tmp_path / "smoke.yaml", **settings(sd_folder, tmp_path / "again"))
-    metrics = evaluate.main(["--adapter", str(gamma_run), "--config", config])
+    own = ["--adapter", str(gamma_run), "--config", config, "--output_dir", str(tmp_path / "again")]
+    metrics = evaluate.main(own)
     assert math.isfinite(metrics["by_gamma.4.gap"])
     # a few samples at a time: the same ones, to rounding
     few = ["--sample_batch_size", "3", "--reward_batch_size", "2"]
-    again = evaluate.main(["--adapter", str(gamma_run), "--config", config, *few])
+    again = evaluate.main([*own, *few])
     for name in ("kl", "log_likelihood", "gap", "base_log_partition", "by_gamma.4.gap"):
         assert math.isclose(again[name], metrics[name], rel_tol=1e-4, abs_tol=1e-5), name
 

@@ -1,10 +1,10 @@
 """Measures an adapter again, on fresh samples, with the classifier it brings.
 
-    python training/evaluate.py --adapter DIR --output_dir DIR [--config training/configs/NAME.yaml] [--ANY_FIELD VALUE …]
+    python training/evaluate.py --adapter NAME [--output_dir DIR] [--config training/configs/NAME.yaml] [--ANY_FIELD VALUE …]
 
 With `accelerate launch` in place of `python` the processes share out the sampling. Prompts and oracles come from the config, sampler and
-gamma from the adapter. Writes metrics.json, samples.png, confusion.png. With `--update_adapter true` the figures and the model card go
-into the adapter itself.
+gamma from the adapter. Writes metrics.json, samples.png, confusion.png to runs/NAME-evaluation, if not elsewhere. With `--update_adapter
+true` the figures and the model card go into the adapter itself.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from transformers import HfArgumentParser
 
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from diffusers_ctrl import CTRLPipeline, Policy, processes  # noqa: E402
-from diffusers_ctrl.adapters import Adapter, load_adapter, package_versions, resolve_folder, save_config  # noqa: E402
+from diffusers_ctrl import CTRLPipeline, Policy, assets, processes  # noqa: E402
+from diffusers_ctrl.adapters import Adapter, load_adapter, local_folder, package_versions, resolve_folder, save_config  # noqa: E402
 from diffusers_ctrl.baked import label_scales, measure_baked  # noqa: E402
 from diffusers_ctrl.cards import save_card  # noqa: E402
 from diffusers_ctrl.config import option  # noqa: E402
@@ -33,6 +33,7 @@ from diffusers_ctrl.recording import record_conditions  # noqa: E402
 from diffusers_ctrl.rewards import attribute_rewards, classifier_reward  # noqa: E402
 from diffusers_ctrl.rollouts import Environment, Sampler, in_chunks  # noqa: E402
 from diffusers_ctrl.transitions import scheduler_class  # noqa: E402
+from diffusers_ctrl.untrusted import hub_cache  # noqa: E402
 from figures import plot_samples, sample_rows  # noqa: E402
 from report import plot_agreement, print_table, write_metrics  # noqa: E402
 from task import DTYPES, TaskConfig, attribute_oracle, import_function, parse_arguments, prompt_judge  # noqa: E402
@@ -44,6 +45,24 @@ class EvaluateConfig:
 
     adapter: str = option("digits-stroke", "Adapter: a folder, an embedded adapter's name, or a Hub id.")
     update_adapter: bool = option(False, "Write the figures and the card into the adapter, a local folder then.")
+    output_dir: str | None = option(None, "Where the figures go, whatever the config says; runs/NAME-evaluation by default.")
+
+    def output(self) -> Path:
+        """The folder that is written to. Raises ValueError where that would change an adapter that is not to be changed."""
+        folder = local_folder(self.adapter)  # None: on the Hub
+        given = None if self.output_dir is None else Path(self.output_dir)
+        is_own = None not in (folder, given) and folder.resolve() == given.resolve()
+        if not self.update_adapter:
+            if is_own:
+                raise ValueError(f"--output_dir {given} is the adapter itself: give another, or --update_adapter true.")
+            return given or Path("runs", f"{os.path.basename(os.path.abspath(self.adapter))}-evaluation")
+        if folder is None or assets.ROOT in folder.resolve().parents or hub_cache(folder):
+            raise ValueError(
+                f"--update_adapter writes into the adapter, and {self.adapter!r} is in the package or on the Hub: give a folder of your own."
+            )
+        if given is not None and not is_own:
+            raise ValueError(f"--update_adapter writes into {self.adapter}, not to --output_dir {given}: leave one of the two out.")
+        return folder
 
 
 def adapter_environment(
@@ -105,6 +124,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = HfArgumentParser(EvaluateConfig, allow_abbrev=False)
     own, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    output = own.output()
     task, config = parse_arguments(rest)
     folder = resolve_folder(own.adapter)
     adapter = load_adapter(folder)
@@ -147,7 +167,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "gamma": adapter.config.gamma,
         "versions": package_versions(),
     }
-    output = folder if own.update_adapter else Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     write_metrics(output, metrics)
     plot_samples(rows, ["base", *names], output / "samples.png", "each column: the same noise")
@@ -158,6 +177,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         save_config(folder, updated)
         save_card(folder, updated)
     print_table(metrics, names)
+    print(f"\nWritten to {output}/.")
     return metrics
 
 

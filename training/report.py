@@ -99,7 +99,10 @@ def _attribute_lines(metrics: dict[str, Any]) -> list[str]:
 
 
 def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
-    """metrics.json, whole or not at all."""
+    """metrics.json, whole or not at all. Confusion matrices that are there already are not of these figures, and go."""
+    for pattern in ("confusion.png", "confusion-*.png"):
+        for picture in folder.glob(pattern):
+            picture.unlink()
     write_file(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
 
 

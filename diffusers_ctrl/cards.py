@@ -7,7 +7,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,10 +163,28 @@ def _baked_lines(config: AdapterConfig) -> str:
     )
 
 
+def _call_parameters(pipeline_class: str) -> Mapping[str, inspect.Parameter]:
+    """What the pipeline's call takes; nothing for a class that diffusers does not have."""
+    found = getattr(diffusers, pipeline_class, None)
+    return inspect.signature(found.__call__).parameters if inspect.isclass(found) else {}
+
+
+def _call_prompt(config: AdapterConfig) -> str:
+    """The first argument of a call that draws the run's last prompt, as Python; "" where the pipeline takes none, or none was told."""
+    prompts = config.training.get("settings", {}).get("prompts", [])
+    if not prompts or not prompts[-1]:
+        return ""
+    prompt, parameters = prompts[-1], _call_parameters(config.pipeline_class)
+    if "prompt" in parameters or not parameters:
+        return f"{_literal(prompt)}, "
+    if "class_labels" in parameters:  # as row_arguments reads a prompt
+        return f"[{int(prompt)}], " if prompt.isdecimal() else f"[pipe.labels[{_literal(prompt)}]], "
+    return ""
+
+
 def _pipeline_tag(pipeline_class: str) -> str | None:
     """The Hub's name for what the pipeline does, by what its call takes."""
-    found = getattr(diffusers, pipeline_class, None)
-    parameters = inspect.signature(found.__call__).parameters if inspect.isclass(found) else {}
+    parameters = _call_parameters(pipeline_class)
     if "prompt" in parameters:
         kind = "image" if "image" in parameters and "strength" in parameters else "text"
         return f"{kind}-to-{'video' if 'num_frames' in parameters else 'image'}"
@@ -202,11 +220,10 @@ def _continuous_rows(metrics: dict[str, Any], space: LabelSpace) -> str:
 def card_text(config: AdapterConfig, pictures: Sequence[str] = ()) -> str:
     """The card's Markdown body. pictures: names of files beside it."""
     metrics, training = config.metrics, config.training
-    prompts = training.get("settings", {}).get("prompts", [])
     space = LabelSpace.from_dict(config.label_space)
     shown = "".join(f"![{Path(name).stem}]({name})\n\n" for name in pictures)
     title, label = _escaped(" and ".join(space.attributes)), repr(space.example())
-    prompt = f"{_literal(prompts[-1])}, " if prompts and prompts[-1] else ""
+    prompt = _call_prompt(config)
     rows = "\n".join(
         f"| {title} | {_number(metrics, name)} | {_number(metrics, 'base_' + name)} | {_number(metrics, 'exact_' + name)} |"
         for title, name in (

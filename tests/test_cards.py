@@ -1,5 +1,6 @@
 """Model cards: current, runnable, and not to be broken out of by a name in them."""
 
+import ast
 import re
 from dataclasses import replace
 
@@ -35,6 +36,28 @@ def test_the_snippet_runs(config):
     found = {}
     exec(code.replace(UNKNOWN_ID, "digits-stroke"), found)
     assert found["image"].size == (32, 32)
+
+
+def first_argument(config, pipeline_class, prompt):
+    training = {**config.training, "settings": {**config.training["settings"], "prompts": ["x", prompt]}}
+    text = card_text(replace(config, pipeline_class=pipeline_class, training=training))
+    call = re.search(r"```python\n.*?^image = pipe\((.*?)\)\.images\[0\]$", text, re.S | re.M).group(1)
+    arguments = ast.parse(f"f({call})").body[0].value
+    assert [keyword.arg for keyword in arguments.keywords] == ["label"]
+    return [ast.unparse(argument) for argument in arguments.args]
+
+
+@pytest.mark.parametrize("prompt", ["it's a \"cat\" in \\tmp", "two\nlines {of} $HOME", "\u2028 😀 \x1b ```"])
+def test_the_snippet_has_the_very_prompt(config, prompt):
+    for pipeline in ("StableDiffusionPipeline", "AnUnknownPipeline"):
+        (argument,) = first_argument(config, pipeline, prompt)
+        assert ast.literal_eval(argument) == prompt
+
+
+def test_the_snippet_gives_classes_where_the_pipeline_takes_them(config):
+    assert first_argument(config, "DiTPipeline", "207") == ["[207]"]
+    assert first_argument(config, "DiTPipeline", "chow's") == ['[pipe.labels["chow\'s"]]']
+    assert first_argument(config, "DDPMPipeline", "2") == []
 
 
 def test_the_metadata(config, tmp_path):

@@ -193,7 +193,8 @@ def _pipeline_tag(pipeline_class: str) -> str | None:
 
 def _part_rows(metrics: dict[str, Any]) -> str:
     """A table of the attributes and of the sets of attributes that labels give, where there is more than one; else nothing."""
-    given = dict.fromkeys(key.split(".")[1] for key in metrics if key.startswith("by_given."))
+    own = [key.removeprefix("by_given.") for key in metrics if key.startswith("by_given.")]
+    given = dict.fromkeys(key.rpartition(".")[0] for key in own)  # a figure's name has no dot, an attribute's may
     if not given:
         return ""
     names = ("accuracy", "exact_accuracy", "kl", "gap", "gap_from_base")

@@ -14,6 +14,7 @@ from diffusers_ctrl.adapters import read_config, save_config
 from diffusers_ctrl.cards import UNKNOWN_ID, card_text, save_card, settings_text, shared_card
 from diffusers_ctrl.labels import Categorical, LabelSpace
 from provenance import UNTOLD, data_record, settings_record, shareable_name
+from report import print_table
 from task import parse_arguments
 
 
@@ -58,6 +59,19 @@ def test_the_snippet_gives_classes_where_the_pipeline_takes_them(config):
     assert first_argument(config, "DiTPipeline", "207") == ["[207]"]
     assert first_argument(config, "DiTPipeline", "chow's") == ['[pipe.labels["chow\'s"]]']
     assert first_argument(config, "DDPMPipeline", "2") == []
+
+
+def test_attributes_with_dots_in_their_names_have_their_rows(config, capsys):
+    figures = {"kl": 0.125, "kl_se": 0.01, "gap": 0.25, "gap_se": 0.01, "gap_is_lower_bound": False}
+    given = {f"by_given.{name}.{key}": v for name in ("size.v2", "v1.5+size.v2") for key, v in figures.items()}
+    metrics = config.metrics | given | {"by_attribute.v1.5.correlation": 0.75}
+    card = card_text(replace(config, metrics=metrics))
+    for name in ("size.v2", "v1.5 and size.v2"):
+        assert f"\n| {name} | – | – | 0.125 ± 0.010 | 0.250 ± 0.010 | – |" in card
+    print_table(metrics, [])
+    rows = [re.sub(" +", " ", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    assert "labels giving size.v2 kl 0.125 gap 0.250" in rows and "labels giving v1.5+size.v2 kl 0.125 gap 0.250" in rows
+    assert "v1.5 correlation 0.750" in rows
 
 
 def test_the_metadata(config, tmp_path):

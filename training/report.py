@@ -37,7 +37,7 @@ def print_table(metrics: dict[str, Any], names: Sequence[str]) -> None:
     for gamma, row in by_gamma(metrics).items():
         print(f"  gamma {gamma:<16g}" + _line(row, ("accuracy", "exact_accuracy", "kl", "gap", "gap_from_base")))
     for name in names:
-        print(f"  {name:22}" + _line(_of_label(metrics, name), ("accuracy", "kl", "gap")))
+        print(f"  {name:21} " + _line(_of_label(metrics, name), ("accuracy", "kl", "gap")))
 
 
 def _of_label(metrics: dict[str, Any], name: str) -> dict[str, Any]:
@@ -87,14 +87,15 @@ def _attribute_lines(metrics: dict[str, Any]) -> list[str]:
         ("by_attribute", ("accuracy", "correlation", "mean_error")),
         ("by_given", ("accuracy", "exact_accuracy", "kl", "gap", "gap_from_base")),
     ):
-        found = dict.fromkeys(key.split(".")[1] for key in metrics if key.startswith(f"{kind}."))
+        own = [key.removeprefix(f"{kind}.") for key in metrics if key.startswith(f"{kind}.")]
+        found = dict.fromkeys(key.rpartition(".")[0] for key in own)  # a figure's name has no dot, an attribute's may
         for name in found:
             row = {key: metrics.get(f"{kind}.{name}.{key}") for key in (*names, "gap_is_lower_bound", "base_smallest_ess")}
             row = {key: value for key, value in row.items() if value is not None}
             if kind == "by_attribute":
                 row |= {f"exact law's {key}": metrics.get(f"exact_{kind}.{name}.{key}") for key in names}
             title = f"labels giving {name}" if kind == "by_given" else name
-            lines.append(f"  {title:22}" + _line(row, [*names, *(f"exact law's {key}" for key in names)]))
+            lines.append(f"  {title:21} " + _line(row, [*names, *(f"exact law's {key}" for key in names)]))
     return lines
 
 

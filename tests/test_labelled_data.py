@@ -18,11 +18,13 @@ from PIL import Image
 from diffusers_ctrl.classifiers import _shift
 from digits_data import (
     ATTRIBUTES,
+    PROMPTS,
     drawn_digits,
     label_attribute,
     measure_slant,
     measure_stroke,
     oracle,
+    prompt_oracle,
     slant_value,
     thresholds,
     write_digits_dataset,
@@ -192,6 +194,14 @@ def test_lean_is_to_be_had_of_every_digit_and_slant_is_not():
         labels = oracle(attribute, images)
         rarest = min((labels[digits == d] == c).float().mean().item() for d in range(10) for c in range(3))
         assert rarest > 0.2 if borne else rarest < 0.01
+
+
+def test_the_prompt_oracle_says_which_prompt_it_cannot_judge():
+    images, target = drawn_digits()
+    prompts = [PROMPTS[digit] for digit in target[:50]]
+    assert prompt_oracle(images[:50], prompts).all() and not prompt_oracle(images[:50], prompts[1:] + prompts[:1]).all()
+    with pytest.raises(ValueError, match="cannot judge the prompt 'a digit': use 'a handwritten zero' to 'a handwritten nine', or no"):
+        prompt_oracle(images[:2], [PROMPTS[0], "a digit"])
 
 
 def test_what_a_label_space_says_of_the_digits():

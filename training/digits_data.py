@@ -197,7 +197,11 @@ def digit_oracle(images: torch.Tensor) -> torch.Tensor:
 
 
 def prompt_oracle(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    """Whether each picture shows the digit its prompt asks for: (N,) bool."""
+    """Whether each picture shows the digit its prompt asks for: (N,) bool. Raises ValueError for a prompt that asks for none."""
+    if unknown := [prompt for prompt in prompts if prompt not in PROMPTS]:
+        raise ValueError(
+            f"The digits' prompt_oracle cannot judge the prompt {unknown[0]!r}: use {PROMPTS[0]!r} to {PROMPTS[-1]!r}, or no prompt_oracle."
+        )
     wanted = torch.tensor([PROMPTS.index(prompt) for prompt in prompts])
     return digit_oracle(images) == wanted
 

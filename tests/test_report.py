@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train_ctrl
 from diffusers_ctrl.tracking import number_log_lines, tracker_names
+from figures import plot_curves
 from task import parse_arguments
 
 
@@ -248,6 +249,18 @@ def test_a_dry_run_fails_where_the_run_would(sd_folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no/such-dataset"):
         main(tmp_path, "--dry_run", **settings(sd_folder, "no/such-dataset"))
     assert not (tmp_path / "run").exists() and not list(scratch.iterdir())
+
+
+# -- a run without a good update --
+
+
+def test_there_are_no_curves_of_no_update(tmp_path):
+    """Else a run of few updates, all skipped, would end in an error after the adapter is written."""
+    history = [{"seconds": float(i), "objective": -1.0, "kl": 0.1, "reward": -0.9} for i in range(3)]
+    plot_curves(history, -0.5, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").is_file()
+    plot_curves([], -0.5, tmp_path / "curves.png")  # nor those of an earlier run
+    assert not (tmp_path / "curves.png").exists()
 
 
 # -- small GPUs --

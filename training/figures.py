@@ -63,7 +63,10 @@ def plot_samples(rows: torch.Tensor, names: Sequence[str], path: Path, title: st
 
 
 def plot_curves(history: Sequence[dict[str, float]], log_partition: float | None, path: Path) -> None:
-    """J against log Z, reward and KL, by seconds of training."""
+    """J against log Z, reward and KL, by seconds of training. Where every update was skipped there is nothing to draw, and no file."""
+    if not history:
+        path.unlink(missing_ok=True)
+        return
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
     seconds = np.array([row["seconds"] for row in history])
 

@@ -52,8 +52,8 @@ def attribute_rewards(rewards: Mapping[str, Reward], space: LabelSpace) -> Rewar
             value = own(images[rows], label[rows])
             if value.shape != rows.shape:
                 raise ValueError(f"The reward of attribute {name!r} must return ({len(rows)},), got {tuple(value.shape)}.")
-            if value.isnan().any():
-                warnings.warn(f"The reward of attribute {name!r} is NaN for some images.", stacklevel=2)  # no number: it is shown once
+            if value.isnan().any():  # the same words each time: they are shown once
+                warnings.warn(f"The reward of attribute {name!r} is NaN for some images.", stacklevel=2)
             differentiable = differentiable and value.requires_grad
             total = total.index_add(0, rows, value.to(total))
         return total if differentiable else total.detach()

@@ -48,7 +48,7 @@ def first_argument(config, pipeline_class, prompt):
     return [ast.unparse(argument) for argument in arguments.args]
 
 
-@pytest.mark.parametrize("prompt", ["it's a \"cat\" in \\tmp", "two\nlines {of} $HOME", "\u2028 😀 \x1b ```"])
+@pytest.mark.parametrize("prompt", ['it\'s a "cat" in \\tmp', "two\nlines {of} $HOME", "\u2028 😀 \x1b ```"])
 def test_the_snippet_has_the_very_prompt(config, prompt):
     for pipeline in ("StableDiffusionPipeline", "AnUnknownPipeline"):
         (argument,) = first_argument(config, pipeline, prompt)

@@ -510,7 +510,10 @@ def test_a_scheduler_without_a_gaussian_transition(sd15, tmp_path):
         ({"dataset": "no/such-dataset"}, "no/such-dataset"),
         ({"dataset": "digits:colour"}, "colour.*slant.*stroke"),
         ({"label_column": "colour"}, "no column 'colour'"),
-        ({"label_names": ["bold", "regular", "thin"]}, r"'digits:stroke' has the classes \['thin', 'regular', 'bold'\], in this order"),
+        (
+            {"label_names": ["bold", "regular", "thin"]},
+            r"'digits:stroke' has the classes \['thin', 'regular', 'bold'\], in this order",
+        ),
         ({"label_names": ["thin", "bold"]}, "leave label_names out"),
         ({"label_names": ["left", "right"], "dataset": "digits:slant_value"}, "numbers for labels: leave label_names out"),
         ({"oracle": "digits_data:colour_oracle"}, "digits_data:colour_oracle"),

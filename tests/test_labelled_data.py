@@ -200,7 +200,9 @@ def test_the_prompt_oracle_says_which_prompt_it_cannot_judge():
     images, target = drawn_digits()
     prompts = [PROMPTS[digit] for digit in target[:50]]
     assert prompt_oracle(images[:50], prompts).all() and not prompt_oracle(images[:50], prompts[1:] + prompts[:1]).all()
-    with pytest.raises(ValueError, match="cannot judge the prompt 'a digit': use 'a handwritten zero' to 'a handwritten nine', or no"):
+    with pytest.raises(
+        ValueError, match="cannot judge the prompt 'a digit': use 'a handwritten zero' to 'a handwritten nine', or no"
+    ):
         prompt_oracle(images[:2], [PROMPTS[0], "a digit"])
 
 
@@ -333,7 +335,9 @@ def test_grey_images_of_16_bits(tmp_path):
 @pytest.mark.parametrize("dtype, mode", [(np.float32, "F"), (np.int32, "I")])
 def test_grey_images_without_a_white_are_refused(tmp_path, dtype, mode):
     cell = encoded(Image.fromarray(np.ones((8, 8), dtype)), "TIFF")
-    with pytest.raises(ValueError, match=rf"row 0 .* its grey values \(TIFF, mode {mode}\) have no known white; save it with 8 or 16 bits\."):
+    with pytest.raises(
+        ValueError, match=rf"row 0 .* its grey values \(TIFF, mode {mode}\) have no known white; save it with 8 or 16 bits\."
+    ):
         load(write_parquet(tmp_path / "some.parquet", ["red"], [cell]))
 
 

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
+from test_trainer import make_trainer
 
 from diffusers_ctrl import Categorical, Classifier, Continuous, LabelSpace
 from diffusers_ctrl.evaluation import draw_samples
 from diffusers_ctrl.rewards import attribute_rewards, classifier_reward
 from problems import GaussianLikelihood
-from test_trainer import make_trainer
 
 
 NAN = float("nan")

@@ -169,7 +169,7 @@ def _call_parameters(pipeline_class: str) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(found.__call__).parameters if inspect.isclass(found) else {}
 
 
-def _call_prompt(config: AdapterConfig) -> str:
+def call_prompt(config: AdapterConfig) -> str:
     """The first argument of a call that draws the run's last prompt, as Python; "" where the pipeline takes none, or none was told."""
     prompts = config.training.get("settings", {}).get("prompts", [])
     if not prompts or not prompts[-1]:
@@ -224,7 +224,7 @@ def card_text(config: AdapterConfig, pictures: Sequence[str] = ()) -> str:
     space = LabelSpace.from_dict(config.label_space)
     shown = "".join(f"![{Path(name).stem}]({name})\n\n" for name in pictures)
     title, label = _escaped(" and ".join(space.attributes)), repr(space.example())
-    prompt = _call_prompt(config)
+    prompt = call_prompt(config)
     rows = "\n".join(
         f"| {title} | {_number(metrics, name)} | {_number(metrics, 'base_' + name)} | {_number(metrics, 'exact_' + name)} |"
         for title, name in (

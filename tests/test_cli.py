@@ -1,6 +1,7 @@
 """The training command, from a YAML file to an adapter that a pipeline loads, at smoke size; and what it says of bad settings."""
 
 import ast
+import dataclasses
 import json
 import math
 import os
@@ -183,20 +184,23 @@ def test_it_says_what_to_type_next(sd_folder, tmp_path, capsys, monkeypatch):
     metrics = train_ctrl.main([f"--config={config}"])
     out = capsys.readouterr().out
     assert "accuracy" in out and "gap" in out and f"{metrics['gap']:.3f}" in out
-    code = out.split('python -c "')[1].split('"\n')[0]
+    code = out.split("python -c '")[1].split("'\n")[0]
     exec(code)
     assert Image.open(tmp_path / "labelled.png").size == (16, 16)
 
 
 @pytest.mark.parametrize("prompt", ["one", "", 'a "one" for $HOME', "it's `one`!"])
-def test_what_to_type_is_what_a_shell_reads(sd_folder, prompt):
-    pipe = StableDiffusionPipeline.from_pretrained(sd_folder)
-    program = train_ctrl.first_picture(pipe, Path("runs/here"), prompt, {"a": "b"})
+def test_what_to_type_is_what_a_shell_reads(run, prompt):
+    config = load_adapter(run).config
+    config = dataclasses.replace(
+        config, training={**config.training, "settings": {**config.training["settings"], "prompts": [prompt]}}
+    )
+    program = train_ctrl.first_picture(Path("runs/here"), config, {"a": "b"})
     (read,) = subprocess.run(["bash", "-c", f"printf '%s\\n' {program}"], capture_output=True, text=True).stdout.splitlines()
-    call = ast.parse(read).body[1].value.func.value.value.value  # CTRLPipeline…(…).images[0].save(…)
+    call = ast.parse(read).body[2].value.func.value.value.value  # pipe(…).images[0].save(…)
     assert [argument.value for argument in call.args] == ([prompt] if prompt else [])
-    classes = SimpleNamespace(__call__=lambda class_labels, guidance_scale: None)
-    assert "([2], label='x')" in train_ctrl.first_picture(classes, Path("here"), "2", "x")
+    classes = dataclasses.replace(config, pipeline_class="DiTPipeline", training={"settings": {"prompts": ["1", "2"]}})
+    assert 'pipe([2], label="x")' in train_ctrl.first_picture(Path("here"), classes, "x")
 
 
 def asked_too_late(images):

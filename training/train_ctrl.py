@@ -7,7 +7,6 @@ With no arguments: the embedded digits base learns stroke width from 600 labelle
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import shlex
@@ -20,7 +19,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import DiffusionPipeline
 
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
@@ -33,7 +31,7 @@ from diffusers_ctrl.adapters import (  # noqa: E402
     save_adapter,
 )
 from diffusers_ctrl.baked import label_scales, measure_baked  # noqa: E402
-from diffusers_ctrl.cards import save_card  # noqa: E402
+from diffusers_ctrl.cards import call_prompt, save_card  # noqa: E402
 from diffusers_ctrl.checkpoints import write_file  # noqa: E402
 from diffusers_ctrl.decoding import decoder  # noqa: E402
 from diffusers_ctrl.evaluation import base_scores, draw_samples, evaluate, evaluate_gammas, exact_law, gamma_grid, judge  # noqa: E402
@@ -69,12 +67,12 @@ def take_cores(accelerator: Accelerator) -> None:
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-def first_picture(pipe: DiffusionPipeline, folder: Path, prompt: str, label: Any) -> str:
+def first_picture(folder: Path, config: AdapterConfig, label: Any) -> str:
     """The program that draws a labelled picture with the adapter of that folder, quoted for a shell."""
-    given = f"[{prompt}], " if "class_labels" in inspect.signature(pipe.__call__).parameters else f"{prompt!r}, " if prompt else ""
-    program = f"from diffusers_ctrl import CTRLPipeline; CTRLPipeline.from_pretrained({str(folder)!r})({given}label={label!r})"
-    program += ".images[0].save('labelled.png')"
-    return shlex.quote(program) if set(program) & set('"$`\\!') else f'"{program}"'
+    # JSON's strings are Python's, and need no quotes that the shell's own would clash with
+    where, what = (json.dumps(value, ensure_ascii=False) for value in (str(folder), label))
+    program = f"from diffusers_ctrl import CTRLPipeline; pipe = CTRLPipeline.from_pretrained({where}); "
+    return shlex.quote(program + f'pipe({call_prompt(config)}label={what}).images[0].save("labelled.png")')
 
 
 def run(task: TaskConfig, config: CTRLConfig) -> dict[str, Any]:
@@ -232,7 +230,7 @@ def run(task: TaskConfig, config: CTRLConfig) -> dict[str, Any]:
     )
     if task.push_to_hub:
         print("Pushed:", push_adapter(output, task.hub_model_id))
-    print(f"Next:\n  python -c {first_picture(pipe, output, task.prompts[-1], likelihood.space.example())}")
+    print(f"Next:\n  python -c {first_picture(output, adapter_config, likelihood.space.example())}")
     return metrics
 
 

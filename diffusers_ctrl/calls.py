@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import warnings
 from typing import Any
 
@@ -35,7 +36,7 @@ class CallWatch:
     Args:
         scheduler: the pipeline's; its `step` and `scale_model_input` are wrapped on the object while the block lasts.
         samples: how many samples the call draws.
-        options: the transition's, such as eta, for telling which steps have no noise.
+        options: the transition's, such as eta, for telling which steps have no noise. The step gets the eta where the pipeline gives none.
         roles: what is known of this pipeline class's guidance; added to.
     """
 
@@ -51,6 +52,9 @@ class CallWatch:
     def __enter__(self) -> CallWatch:
         self._before = {name: vars(self.scheduler).get(name) for name in ("step", "scale_model_input")}
         step, scale = self.scheduler.step, getattr(self.scheduler, "scale_model_input", None)
+        signature = inspect.signature(step)
+        # a pipeline whose call takes no eta (DiT, DDPM) gives none, and the step's own default is no noise
+        eta = {"eta": self.options["eta"]} if "eta" in signature.parameters and "eta" in self.options else {}
 
         @functools.wraps(step)
         def watched_step(model_output: torch.Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
@@ -58,7 +62,8 @@ class CallWatch:
                 self._find_roles(model_output)
                 raise GuidanceFound
             self.calls, self.parts, self._announced, self._last = [], [], None, timestep
-            return step(model_output, timestep, *args, **kwargs)
+            given = signature.bind(model_output, timestep, *args, **kwargs).arguments
+            return step(model_output, timestep, *args, **({} if "eta" in given else eta), **kwargs)
 
         self.scheduler.step = watched_step
         if scale is not None:

@@ -12,6 +12,7 @@ from diffusers import (
     AutoPipelineForImage2Image,
     AutoPipelineForInpainting,
     AutoPipelineForText2Image,
+    DDIMScheduler,
     DiffusionPipeline,
 )
 from diffusers.hooks import apply_group_offloading
@@ -378,6 +379,37 @@ def test_settings_are_the_adapters(family, pipe):
     found = pipe(**call, label="bold", generator=torch.Generator().manual_seed(0), output_type="np").images
     guidance = {} if "guidance_scale" not in inspect.signature(type(family.pipe).__call__).parameters else {"guidance_scale": 1.0}
     assert torch.equal(torch.as_tensor(found), draw(pipe, family, label="bold", **guidance))
+
+
+@pytest.mark.parametrize("name", ["dit", "ddpm"])
+def test_eta_reaches_the_step_of_a_pipeline_that_takes_none(name, monkeypatch):
+    """Their call has no eta, and DDIM's step would take its own default, 0: not the law that was trained."""
+    scheduler = DDIMScheduler(clip_sample=False)
+    ddim = {"scheduler": "DDIMScheduler", "scheduler_config": dict(scheduler.config), "options": {"eta": 1.0}}
+    family, pipe = fresh(name), controlled(name, make_adapter(name, **ddim))
+    family.pipe.scheduler = pipe.scheduler = scheduler
+    base, labelled, used = draw(family.pipe, family), draw(pipe, family, label="bold"), []
+    assert torch.equal(draw(pipe, family), base)
+    step = DDIMScheduler.step
+
+    @functools.wraps(step)
+    def with_noise(self, *args, eta=None, **kwargs):
+        used.append(eta)
+        return step(self, *args, eta=1.0, **kwargs)
+
+    monkeypatch.setattr(DDIMScheduler, "step", with_noise)
+    assert torch.equal(draw(pipe, family, label="bold"), labelled)
+    assert used == [1.0] * STEPS
+    draw(pipe, family)
+    assert used[STEPS:] == [None] * STEPS
+    if name == "ddpm":
+        assert draw_particles(pipe, family).isfinite().all() and used[2 * STEPS :] == [1.0] * STEPS
+
+
+def draw_particles(pipe, family: Family) -> torch.Tensor:
+    """Log-weights (2, 2)."""
+    call = {**family.call, **family.options, "num_inference_steps": STEPS, "label": "bold", "num_particles": 2}
+    return pipe(**call, generator=torch.Generator().manual_seed(0)).log_weights
 
 
 # -- memory --

@@ -213,8 +213,10 @@ def add_control(
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-        for module, names in active.items():
-            module._active_adapter = names
+        # its own layers are at rest too: `fuse_lora` of a user's LoRA would put it into the base's weights
+        for module in denoiser.modules():
+            if isinstance(module, BaseTunerLayer):
+                module._active_adapter = active.get(module, [])
     hook = control_hook(denoiser)
     if hook is None:
         hook = StrengthHook()

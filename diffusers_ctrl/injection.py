@@ -295,18 +295,30 @@ def lora_disabled(layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
 def lora_chosen(layers: Sequence[BaseTunerLayer], names: Collection[str], chosen: str | None) -> Iterator[None]:
     """Runs the block with `chosen`, or none, of the adapters `names` on; adapters of other names stay as they are.
 
-    By flags alone, like `lora_disabled`. A layer on which nothing is on is bypassed: the base, bit for bit.
+    By flags alone, like `lora_disabled`. A layer on which nothing is on is bypassed: the base, bit for bit. Adapters that were fused
+    (`fuse_lora`) are in W, and stay there.
     """
-    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
     for layer in layers:
-        others = [] if layer._disable_adapters else [n for n in layer.active_adapters if n not in names and n in layer.lora_A]
+        if layer._disable_adapters and layer.merged:  # `disable_lora` takes fused LoRA out again: peft does so in its next forward
+            layer.unmerge()
+    before = [(layer._active_adapter, layer._disable_adapters, layer.merged_adapters) for layer in layers]
+    for layer in layers:
+        others = _others(layer, names)
         on = [*others, chosen] if chosen in layer.lora_A else others
-        layer._active_adapter, layer._disable_adapters = on, not on
+        # told of what is fused, peft would leave `chosen` out, or, with nothing on, take it out of W
+        layer._active_adapter, layer._disable_adapters, layer.merged_adapters = on, not on, []
     try:
         yield
     finally:
-        for layer, (active, disabled) in zip(layers, before, strict=True):
-            layer._active_adapter, layer._disable_adapters = active, disabled
+        for layer, (active, disabled, merged) in zip(layers, before, strict=True):
+            layer._active_adapter, layer._disable_adapters, layer.merged_adapters = active, disabled, merged
+
+
+def _others(layer: LoraLayer, names: Collection[str]) -> list[str]:
+    """The adapters besides `names` that peft would apply to W here: none where one is fused, W is all then."""
+    if layer._disable_adapters or layer.merged:
+        return []
+    return [name for name in layer.active_adapters if name not in names and name in layer.lora_A]
 
 
 # of the copy that `merged_weights` makes; beyond that a model is large, and two small products beside each large one are cheap
@@ -324,7 +336,7 @@ def merged_weights(
     """
     found: dict[nn.Module, torch.Tensor] = {}
     for layer in layers:
-        if not layer._disable_adapters and any(n not in names and n in layer.lora_A for n in layer.active_adapters):
+        if _others(layer, names) or (layer._disable_adapters and layer.merged):  # the latter is about to leave W: see `lora_chosen`
             return None
         if chosen in layer.lora_A:
             module = layer.get_base_layer()

@@ -657,6 +657,42 @@ def test_a_style_lora_beside_the_label(bare, plain, sd_folder, sd_adapter, adapt
     assert torch.equal(draw_base(bare), base)
 
 
+@pytest.mark.parametrize("style_first", [True, False])
+def test_a_fused_style_lora_leaves_the_label_its_lora(bare, sd_folder, sd_adapter, adapter, monkeypatch, style_first):
+    """`fuse_lora` puts the style into the weights, and nothing of the label, on shared layers or others; `unfuse_lora` takes it out."""
+    style = {f"unet.{key}": 0.5 * value for key, value in adapter.lora.items() if "to_q" in key or "to_out" in key}
+
+    def styled(pipe):
+        pipe.load_lora_weights(dict(style), adapter_name="style")
+
+    right, plain = CTRLPipeline.from_pretrained(sd_folder), StableDiffusionPipeline.from_pretrained(sd_folder)
+    for pipe in (right, plain):
+        styled(pipe)
+        pipe.fuse_lora()
+    right.unload_lora_weights()  # the weights keep what was fused into them
+    right.load_ctrl_adapter(sd_adapter)
+    for put_in in (styled, lambda pipe: pipe.load_ctrl_adapter(sd_adapter))[:: 1 if style_first else -1]:
+        put_in(bare)
+    before = draw(bare, label="bold")
+    bare.fuse_lora()
+    base = draw_base(plain)
+    assert torch.equal(draw_base(bare), base)
+    for options in ({}, {"strength": 0.5}):
+        assert torch.equal(draw(bare, label="bold", **options), draw(right, label="bold", **options))
+    with monkeypatch.context() as patch:
+        patch.setattr(injection, "MERGED_BYTES", 0)
+        assert torch.equal(draw(bare, label="bold"), draw(right, label="bold"))
+    assert (draw(bare, label="bold") - before).abs().max() < 1e-5 < 1e-3 < (before - base).abs().max()
+    bare.unfuse_lora()
+    assert (draw(bare, label="bold") - before).abs().max() < 1e-5
+    for pipe in (bare, plain):  # diffusers takes what is fused out again in the next call
+        pipe.fuse_lora()
+        pipe.disable_lora()
+    labelled = draw(bare, label="bold")
+    assert (draw_base(bare) - draw_base(plain)).abs().max() < 1e-5 < 1e-3 < (draw_base(bare) - base).abs().max()
+    assert (draw(bare, label="bold") - labelled).abs().max() < 1e-5
+
+
 # -- files --
 
 

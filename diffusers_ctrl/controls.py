@@ -238,6 +238,28 @@ def remove_control(denoiser: nn.Module, name: str) -> None:
         HookRegistry.check_if_exists_or_initialize(denoiser).remove_hook(STRENGTH_HOOK_NAME, recurse=False)
 
 
+def check_lora(denoiser: nn.Module) -> None:
+    """Finds the adapters' LoRA again before it is used or saved: diffusers has methods of its own for all LoRA in a denoiser.
+
+    Raises:
+        ValueError: where they have taken an adapter's out, or fused it into the base's weights.
+    """
+    hook = control_hook(denoiser)
+    hook.layers = _layers(denoiser, hook.controls)
+    for name, control in hook.controls.items():
+        own = [layer for layer in hook.layers if name in layer.lora_A]
+        if not own and not control.label.is_alone:
+            raise ValueError(
+                f"The LoRA of the label adapter {name!r} was taken out of this {type(denoiser).__name__}, by unload_lora_weights of a pipeline that shares "
+                f"it, unload_lora or delete_adapters: call unload_ctrl_adapter({name!r}), and load_ctrl_adapter to put the adapter in again."
+            )
+        if any(name in layer.merged_adapters for layer in own):
+            raise ValueError(
+                f"The LoRA of the label adapter {name!r} was fused into the weights of this {type(denoiser).__name__}, which is no longer the base: "
+                "call unfuse_lora(), and fuse_lora(adapter_names=[...]) without it."
+            )
+
+
 def _layers(denoiser: nn.Module, names: dict[str, Control]) -> list[nn.Module]:
     own = [name for name, control in names.items() if not control.label.is_alone]
     return list({id(layer): layer for name in own for layer in lora_layers(denoiser, name).values()}.values())

@@ -38,7 +38,7 @@ from .bases import denoiser_of
 from .calls import Roles
 from .cards import save_card
 from .classifiers import Classifier
-from .controls import Control, StrengthHook, add_control, control_hook, remove_control
+from .controls import Control, StrengthHook, add_control, check_lora, control_hook, remove_control
 from .export import bake_label, check_exportable, check_has_lora, label_lora, write_lora
 from .hub import advice, explained
 from .injection import find_injection_site, site_width
@@ -293,6 +293,11 @@ class CTRLPipeline(DiffusionPipeline):
             lora, errors = label_lora(plain, adapter, label, gamma, label_scale, call)
         return write_lora(file, lora, adapter.config.denoiser, naming, label=label, label_scale=label_scale, **errors)
 
+    def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:
+        """The base's own, for the user's own LoRA: the label adapters stay (it would take all LoRA out)."""
+        with self._without_adapters():
+            super().unload_lora_weights(*args, **kwargs)
+
     @contextmanager
     def _without_adapters(self) -> Iterator[None]:
         """Within the block the denoiser is the plain base."""
@@ -338,6 +343,7 @@ class CTRLPipeline(DiffusionPipeline):
 
     def _collect(self, adapter_name: str | None) -> Adapter:
         name = self._loaded_name(adapter_name)
+        check_lora(self.denoiser)
         adapter = self.ctrl_adapters[name]
         return collect_adapter(adapter.config, self.denoiser, adapter.label_encoder, adapter.classifier, name)
 

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 
 from .bases import denoiser_of
 from .calls import CallWatch, GuidanceFound
-from .controls import Active, Control, control_hook
+from .controls import Active, Control, check_lora, control_hook
 from .labels import Label, LabelSpace
 from .particles import ParticlePool, PathRecorder
 from .rollouts import Sampler
@@ -160,6 +160,7 @@ def sample(
 ) -> Any:
     """`call`, the base's own, with these labels on the denoiser's hooks."""
     hook, roles = control_hook(denoiser_of(pipe)[1]), dict(pipe._ctrl_roles)
+    check_lora(denoiser_of(pipe)[1])
     active = tuple(request.active(pipe._execution_device) for request in found)
     while True:
         restore = _random_states(kwargs.get("generator"))

@@ -693,6 +693,52 @@ def test_a_fused_style_lora_leaves_the_label_its_lora(bare, sd_folder, sd_adapte
     assert (draw(bare, label="bold") - labelled).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unload_lora_weights_leaves_the_label_in(sd_adapter, adapter, dtype, tmp_path):
+    """diffusers' own takes all LoRA out, the label's too, which would leave the label embedding alone, with no word of it."""
+    pipe = CTRLPipeline.from_pretrained(sd_adapter, torch_dtype=dtype)
+    labelled, base, before = draw(pipe, label="bold"), draw_base(pipe), structure(pipe.unet)
+    pipe.load_lora_weights({f"unet.{key}": 0.5 * value for key, value in adapter.lora.items()}, adapter_name="style")
+    assert not torch.equal(draw(pipe, label="bold"), labelled)
+    pipe.unload_lora_weights()
+    assert structure(pipe.unet) == before
+    assert torch.equal(draw(pipe, label="bold"), labelled) and torch.equal(draw_base(pipe), base)
+    saved = load_adapter(pipe.save_ctrl_adapter(tmp_path / "saved"))
+    assert all(torch.equal(value, adapter.lora[key].to(dtype)) for key, value in saved.lora.items())
+
+
+@pytest.mark.parametrize(
+    "take_out, message",
+    [
+        (lambda pipe: pipe.unet.unload_lora(), "'default' was taken out of this UNet2DConditionModel.*load_ctrl_adapter"),
+        (lambda pipe: StableDiffusionPipeline(**pipe.components).unload_lora_weights(), "'default' was taken out"),
+        (lambda pipe: pipe.delete_adapters("default"), "'default' was taken out"),
+        (lambda pipe: pipe.unet.fuse_lora(adapter_names=["default"]), "'default' was fused into.*unfuse_lora"),
+    ],
+    ids=["unload_lora", "a pipeline that shares it", "delete_adapters", "fuse_lora"],
+)
+def test_a_labels_lora_that_was_taken_out_is_missed(bare, plain, pipe, sd_adapter, tmp_path, take_out, message):
+    bare.load_ctrl_adapter(sd_adapter)
+    take_out(bare)
+    for use in (
+        lambda: draw(bare, label="bold"),
+        lambda: draw(bare, label="bold", num_particles=2),
+        lambda: bare.save_ctrl_adapter(tmp_path / "adapter"),
+        lambda: bare.save_pretrained(tmp_path / "whole"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use()
+    assert not list(tmp_path.iterdir())
+    if "fused" in message:
+        bare.unfuse_lora()
+        assert (draw(bare, label="bold") - draw(pipe, label="bold")).abs().max() < 1e-5
+        return
+    bare.unload_ctrl_adapter()
+    assert torch.equal(draw_base(bare), draw_base(plain))
+    bare.load_ctrl_adapter(sd_adapter)
+    assert torch.equal(draw(bare, label="bold"), draw(pipe, label="bold"))
+
+
 # -- files --
 
 

@@ -210,6 +210,12 @@ def lora_layers(denoiser: nn.Module, adapter_name: str = "default") -> dict[str,
     }
 
 
+def other_lora(module: nn.Module, names: Collection[str]) -> bool:
+    """Whether it has layers of peft's that carry anything but the adapters `names`, or nothing any more."""
+    layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    return any(not isinstance(layer, LoraLayer) or not layer.lora_A or set(layer.lora_A) - set(names) for layer in layers)
+
+
 def lora_state_dict(denoiser: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
     """LoRA weights, keys as `down_blocks.0….to_q.lora_A.weight`, detached, on the CPU."""
     state = get_peft_model_state_dict(denoiser, adapter_name=adapter_name)

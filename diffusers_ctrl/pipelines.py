@@ -41,7 +41,7 @@ from .classifiers import Classifier
 from .controls import Control, StrengthHook, add_control, check_lora, control_hook, remove_control
 from .export import bake_label, check_exportable, check_has_lora, label_lora, write_lora
 from .hub import advice, explained
-from .injection import find_injection_site, site_width
+from .injection import find_injection_site, other_lora, site_width
 from .labels import Label, LabelSpace
 from .rollouts import Sampler
 from .sampling import (
@@ -250,10 +250,12 @@ class CTRLPipeline(DiffusionPipeline):
         for what it does under classifier-free guidance, and `label_scale`.
 
         Raises:
-            ValueError: for an unknown label, or a time embedding into which no label can be baked; nothing is written then.
+            ValueError: for an unknown label, a time embedding into which no label can be baked, or a LoRA that is no label adapter's;
+                nothing is written then.
         """
         adapter = self._collect(adapter_name)
         check_exportable(adapter)
+        self._check_no_other_lora()
         name, denoiser = denoiser_of(self)
         with self._without_adapters():
             plain = copy.deepcopy(denoiser)
@@ -313,8 +315,10 @@ class CTRLPipeline(DiffusionPipeline):
         """Saves the base as an ordinary diffusers folder (plain `DiffusionPipeline` loads it) with the adapter beside it.
 
         Raises:
-            ValueError: with several adapters, of which a folder holds one: save those with `save_ctrl_adapter`.
+            ValueError: with several adapters, of which a folder holds one: save those with `save_ctrl_adapter`; or with a LoRA that is
+                no label adapter's. Nothing is written then.
         """
+        self._check_no_other_lora()
         if not self._ctrl_controls:
             super().save_pretrained(save_directory, **kwargs)
             _restore_class_name(Path(save_directory))
@@ -330,6 +334,15 @@ class CTRLPipeline(DiffusionPipeline):
             super().save_pretrained(save_directory, **kwargs)
             _restore_class_name(Path(save_directory))
         save_adapter(save_directory, adapter)
+
+    def _check_no_other_lora(self) -> None:
+        """Raises ValueError where a component has LoRA layers of the user's own: under their keys nothing would find its weights."""
+        for name, component in self.components.items():
+            if isinstance(component, torch.nn.Module) and other_lora(component, self._ctrl_controls):
+                raise ValueError(
+                    f"The {name} has a LoRA that is no label adapter's, and an ordinary pipeline folder has no place for one: call "
+                    "unload_lora_weights() to leave it out, or first fuse_lora() and then unload_lora_weights() to keep it in the weights."
+                )
 
     def _loaded_name(self, adapter_name: str | None) -> str:
         names = list(self._ctrl_controls)

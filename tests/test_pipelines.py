@@ -739,6 +739,52 @@ def test_a_labels_lora_that_was_taken_out_is_missed(bare, plain, pipe, sd_adapte
     assert torch.equal(draw(bare, label="bold"), draw(pipe, label="bold"))
 
 
+@pytest.fixture
+def styled(bare, adapter):
+    """The base with a user's own LoRA on it."""
+    bare.load_lora_weights({f"unet.{key}": 0.5 * value for key, value in adapter.lora.items()}, adapter_name="style")
+    return bare
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda pipe: None, lambda pipe: pipe.fuse_lora(), lambda pipe: pipe.disable_lora()],
+    ids=["loaded", "fused", "disabled"],
+)
+def test_a_folder_has_no_place_for_a_style_lora(styled, sd_adapter, tmp_path, change):
+    """Its layers' keys would be peft's: plain diffusers would start those weights at random, and draw NaN."""
+    change(styled)
+    message = r"The unet has a LoRA that is no label adapter's.*unload_lora_weights\(\) to leave it out"
+    with pytest.raises(ValueError, match=message):
+        styled.save_pretrained(tmp_path / "base")
+    styled.load_ctrl_adapter(sd_adapter)
+    labelled = draw(styled, label="bold")
+    for save in (styled.save_pretrained, lambda folder: styled.export_label("bold", folder)):
+        with pytest.raises(ValueError, match=message):
+            save(tmp_path / "labelled")
+    assert not list(tmp_path.iterdir())
+    assert torch.equal(draw(styled, label="bold"), labelled)
+    styled.delete_adapters("style")  # which leaves peft's layers in, and the label's LoRA in them
+    styled.save_pretrained(tmp_path / "labelled")
+    styled.unload_ctrl_adapter()
+    styled.save_pretrained(tmp_path / "base")
+    assert torch.equal(draw_base(DiffusionPipeline.from_pretrained(tmp_path / "base")), draw_base(styled))
+
+
+def test_a_folder_keeps_a_fused_style(styled, sd_adapter, tmp_path):
+    styled.load_ctrl_adapter(sd_adapter)
+    base, labelled = draw_base(styled), latents_of(styled, label="bold")
+    styled.fuse_lora()
+    styled.unload_lora_weights()
+    styled.save_pretrained(tmp_path / "whole")
+    whole = CTRLPipeline.from_pretrained(tmp_path / "whole")
+    exported = DiffusionPipeline.from_pretrained(styled.export_label("bold", tmp_path / "label"))
+    assert (draw_base(whole) - base).abs().max() < 1e-5
+    torch.testing.assert_close(latents_of(whole, label="bold"), labelled, rtol=1e-4, atol=1e-4)
+    # its last step has no noise, and is `pipe(label=…)`'s base's
+    torch.testing.assert_close(latents_of(exported, **BASE)[:3], labelled[:3], rtol=1e-4, atol=1e-4)
+
+
 # -- files --
 
 

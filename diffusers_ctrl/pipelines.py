@@ -21,6 +21,8 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
+from huggingface_hub import create_repo
 
 from .adapters import (
     Adapter,
@@ -40,7 +42,7 @@ from .cards import save_card
 from .classifiers import Classifier
 from .controls import Control, StrengthHook, add_control, check_lora, control_hook, remove_control
 from .export import bake_label, check_exportable, check_has_lora, label_lora, write_lora
-from .hub import advice, explained
+from .hub import advice, check_token, explained
 from .injection import find_injection_site, other_lora, site_width
 from .labels import Label, LabelSpace
 from .rollouts import Sampler
@@ -60,6 +62,7 @@ from .sharing import push_adapter
 
 AUTO_PIPELINES = "diffusers.pipelines.auto_pipeline"
 HUB_KWARGS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only")
+PUSH_KWARGS = ("repo_id", "private", "token", "commit_message", "create_pr")
 
 
 class CTRLPipeline(DiffusionPipeline):
@@ -311,17 +314,29 @@ class CTRLPipeline(DiffusionPipeline):
             for name, adapter in loaded.items():
                 self.load_ctrl_adapter(adapter, name)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Saves the base as an ordinary diffusers folder (plain `DiffusionPipeline` loads it) with the adapter beside it.
+
+        Args:
+            push_to_hub: upload the folder then. With `repo_id` (by default the folder's name), `private`, `token`, `commit_message` and
+                `create_pr`, as for any pipeline.
+            kwargs: passed to the base class's `save_pretrained` (`variant`, `max_shard_size`, …).
 
         Raises:
             ValueError: with several adapters, of which a folder holds one: save those with `save_ctrl_adapter`; or with a LoRA that is
-                no label adapter's. Nothing is written then.
+                no label adapter's. Nothing is written then. Also if the upload fails; with what to do.
         """
         self._check_no_other_lora()
+        upload = {key: kwargs.pop(key) for key in PUSH_KWARGS if push_to_hub and key in kwargs}
+        # the base class's own upload would come before the class's name is right and the adapter is there
+        self._save_folder(Path(save_directory), **kwargs)
+        if push_to_hub:
+            self._push_folder(Path(save_directory), **upload)
+
+    def _save_folder(self, folder: Path, **kwargs: Any) -> None:
         if not self._ctrl_controls:
-            super().save_pretrained(save_directory, **kwargs)
-            _restore_class_name(Path(save_directory))
+            super().save_pretrained(folder, **kwargs)
+            _restore_class_name(folder)
             return
         if len(self._ctrl_controls) > 1:
             raise ValueError(
@@ -331,9 +346,27 @@ class CTRLPipeline(DiffusionPipeline):
         adapter = self._collect(None)
         # a LoRA in place would be written into the denoiser's keys, which nothing could load
         with self._without_adapters():
-            super().save_pretrained(save_directory, **kwargs)
-            _restore_class_name(Path(save_directory))
-        save_adapter(save_directory, adapter)
+            super().save_pretrained(folder, **kwargs)
+            _restore_class_name(folder)
+        save_adapter(folder, adapter)
+
+    def _push_folder(
+        self,
+        folder: Path,
+        repo_id: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+    ) -> None:
+        """What the base class's `save_pretrained` does with a folder that it pushes."""
+        check_token(token)
+        repo_id = repo_id or folder.resolve().name
+        with explained(f"The upload of {str(folder)!r} to {repo_id!r} could not be completed"):
+            repo_id = create_repo(repo_id, exist_ok=True, private=private, token=token).repo_id
+            card = populate_model_card(load_or_create_model_card(repo_id, token=token, is_pipeline=True))
+            card.save(folder / "README.md")
+            self._upload_folder(folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr)
 
     def _check_no_other_lora(self) -> None:
         """Raises ValueError where a component has LoRA layers of the user's own: under their keys nothing would find its weights."""

@@ -249,6 +249,31 @@ def test_a_whole_pipeline_with_its_adapter_in_one_repository(hub, client, pushed
     assert client.ok("result = draw(CTRLPipeline.from_pretrained('user/whole'))") == expected
 
 
+@pytest.mark.parametrize("how", ["save_pretrained", "push_to_hub"])
+def test_a_whole_pipeline_is_pushed_with_its_adapter(hub, client, sd_adapter, expected, tmp_path, how):
+    """Not before the adapter is in the folder, nor under the class's name here, which plain diffusers does not know."""
+    repo = f"user/pushed-by-{how.replace('_', '-')}"
+    push = {
+        "save_pretrained": "pipe.save_pretrained(folder, push_to_hub=True, repo_id=repo, token=token, private=True, commit_message='All of it')",
+        "push_to_hub": "pipe.push_to_hub(repo, token=token, private=True, commit_message='All of it')",
+    }[how]
+    folder = tmp_path / "whole"
+    client.ok(
+        f"pipe = CTRLPipeline.from_pretrained(adapter); {push}", adapter=str(sd_adapter), folder=str(folder), repo=repo, token=TOKEN
+    )
+    files = hub.files(repo)
+    assert hub.repos[repo].private and {*ADAPTER_FILES, "model_index.json", "README.md"} <= set(files)
+    assert json.loads(files["model_index.json"])["_class_name"] == "StableDiffusionPipeline"
+    assert hub.repos[repo].commits[hub.repos[repo].refs["main"]].message == "All of it"
+    assert client.ok("result = draw(CTRLPipeline.from_pretrained(repo, token=token))") == expected
+    code = "from diffusers import DiffusionPipeline; result = type(DiffusionPipeline.from_pretrained(repo, token=token)).__name__"
+    assert client.ok(code) == "StableDiffusionPipeline"
+    if how == "save_pretrained":
+        assert {name: value for name, value in files.items() if name != ".gitattributes"} == contents(folder)
+        refused = client("pipe.save_pretrained(folder, push_to_hub=True, repo_id='other/not-mine', token=token)")
+        assert "ValueError" in refused.kinds and "'other/not-mine' could not be completed" in refused.message
+
+
 # -- private, gated, missing, refused --
 
 

@@ -425,7 +425,7 @@ class CTRLPipeline(DiffusionPipeline):
 
         With several adapters, `label` is a dict of their attributes, and an adapter whose attributes it leaves out does not act. The
         denoiser's output is base + Σ strength_i · (tuned_i − base), for one forward of the base and one an adapter; `strength` may be
-        a dict {adapter name or attribute: number}. Settings are those of the acting adapter that was loaded first. gamma goes to the
+        a dict {adapter name or attribute: number}, with one number an adapter. Settings are those of the acting adapter that was loaded first. gamma goes to the
         adapters that take one; the others keep theirs. Exact sampling then tends to p(x | c) Π p̂_i(y_i | x)^gamma_i.
 
         Raises:

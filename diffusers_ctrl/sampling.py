@@ -58,7 +58,8 @@ def requests(
     adapters, one of strength 0 has no part in the call.
 
     Raises:
-        ValueError: for labels that the adapters do not know, a strength for an adapter that is not there, or a gamma that none takes.
+        ValueError: for labels that the adapters do not know, a strength for an adapter that is not there, two strengths for one adapter, or
+            a gamma that none takes.
     """
     labels, strengths, found, column = union_space(controls).encode(label, prompts), _strengths(controls, strength), [], 0
     for name, control in controls.items():
@@ -89,10 +90,15 @@ def _strengths(controls: Mapping[str, Control], strength: Strength) -> dict[str,
         raise ValueError(
             f"strength names {unknown[0]!r}, which is neither a loaded adapter nor its attribute: use {sorted(owners)}."
         )
-    found = dict.fromkeys(controls, 1.0)
+    found: dict[str, float] = {}
     for key, value in strength.items():
-        found[owners[key]] = float(value)
-    return found
+        if found.setdefault(owners[key], float(value)) != float(value):
+            keys = [other for other in strength if owners[other] == owners[key]]
+            raise ValueError(
+                f"strength has different numbers for {', '.join(map(repr, keys))}, which are of one adapter, {owners[key]!r}: it has one strength "
+                "for all its attributes."
+            )
+    return dict.fromkeys(controls, 1.0) | found
 
 
 def _gamma(control: Control, gamma: float) -> float:

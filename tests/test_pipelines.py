@@ -576,6 +576,21 @@ def test_strength_by_adapter_or_attribute(two):
         draw(two, label=BOTH, strength={"third": 1.0})
 
 
+def test_one_adapter_of_two_attributes_has_one_strength(bare, adapter):
+    space = LabelSpace(stroke=Categorical(("thin", "regular", "bold")), slant=Categorical(("left", "right")))
+    torch.manual_seed(3)
+    encoder = LabelEncoder(space.to_dict(), adapter.label_encoder.config.embedding_dim)
+    for table in encoder.tables:
+        torch.nn.init.normal_(table, std=0.3)
+    config = replace(adapter.config, label_space=space.to_dict())
+    bare.load_ctrl_adapter(replace(adapter, config=config, label_encoder=encoder, classifier=None), "joint")
+    half = draw(bare, label=BOTH, strength=0.5)
+    for same in ({"stroke": 0.5, "slant": 0.5}, {"slant": 0.5}, {"joint": 0.5, "stroke": 0.5}):
+        assert torch.equal(draw(bare, label=BOTH, strength=same), half)
+    with pytest.raises(ValueError, match="different numbers for 'stroke', 'slant', which are of one adapter, 'joint'"):
+        draw(bare, label=BOTH, strength={"stroke": 1.0, "slant": 0.5})
+
+
 @pytest.mark.parametrize(
     "label, message", [("bold", "which attribute it belongs to"), ({"mood": 1}, "Unknown attribute 'mood'.*stroke.*slant")]
 )

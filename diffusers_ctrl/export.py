@@ -10,22 +10,24 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import convert_state_dict_to_kohya
 from safetensors.torch import save_file
 from torch import nn
 
 from .adapters import Adapter, adapter_base, check_base, find_adapter, load_adapter, local_folder
-from .bases import call_arguments, denoiser_of
+from .bases import call_arguments, call_parameters, denoiser_of
 from .injection import find_injection_sites
 from .labels import Label
 from .replay import Call, replay, stand_in
-from .sampling import labelled_scheduler
+from .sampling import trained_scheduler
+from .schedulers import MemorylessFlowMatchScheduler
 
 
 NAMINGS = ("kohya", "diffusers")
@@ -166,7 +168,7 @@ def _time_features(
     """The layer's inputs (K, H) at the adapter's own timesteps, and (N, H) at others, as the pipeline itself calls its denoiser."""
     settings, denoiser, before = adapter.config.sampler, denoiser_of(pipe)[1], pipe.scheduler
     arguments = call_arguments(pipe, ["0"], settings["num_inference_steps"], extra=call)
-    pipe.scheduler = labelled_scheduler(before, settings)
+    pipe.scheduler = trained_scheduler(before, settings)
     try:
         real = replay(pipe, arguments, max_steps=1)
         steps = replay(pipe, arguments, answer=stand_in(real.steps[0])).steps
@@ -248,6 +250,27 @@ def write_lora(
     return file
 
 
+def plain_scheduler(pipe: DiffusionPipeline, adapter: Adapter) -> Any:
+    """The scheduler of a plain pipeline that draws the adapter's label: the adapter's own, or the pipeline's where that is of no known class.
+
+    For MemorylessFlowMatchScheduler, which diffusers does not have, FlowMatchEulerDiscreteScheduler with the same settings: the flow
+    without noise, which has the same law in the limit of many steps (arXiv 2409.08861). Warns where the adapter was trained with an eta
+    that the pipeline's call cannot be given.
+    """
+    own = trained_scheduler(pipe.scheduler, adapter.config.sampler)
+    if lost := [
+        f"{name} = {value}" for name, value in adapter.config.sampler["options"].items() if name not in call_parameters(pipe)
+    ]:
+        warnings.warn(
+            f"The adapter was trained with {', '.join(lost)}, which the call of a plain {type(pipe).__name__.removeprefix('CTRL')} does not take: what is "
+            f"exported draws with the default of {type(own).__name__}.step, from another law.",
+            stacklevel=3,
+        )
+    if isinstance(own, MemorylessFlowMatchScheduler):
+        return FlowMatchEulerDiscreteScheduler.from_config(own.config, stochastic_sampling=False)
+    return own
+
+
 def _last_linear(path: str, site: nn.Module) -> nn.Linear:
     """The linear layer whose output is the site's. Only where nothing comes behind it can a constant be moved into its bias."""
     linears = [module for module in site.modules() if isinstance(module, nn.Linear)]
@@ -268,7 +291,7 @@ def export_label(
 ) -> Path:
     """Writes an ordinary pipeline folder that draws one label: `DiffusionPipeline.from_pretrained(folder)` runs it. See `bake_label`.
 
-    Its scheduler has the adapter's settings; the number of steps, the guidance scale and eta are for the call: those of `adapter.config.sampler`.
+    Its scheduler is the adapter's (see `plain_scheduler`); the number of steps, the guidance scale and eta are for the call: those of `adapter.config.sampler`.
 
     Args:
         adapter: a local folder, an embedded adapter's name, or a Hub id.
@@ -278,6 +301,7 @@ def export_label(
         ValueError: as `bake_label`, or if the adapter or its base cannot be read.
     """
     pipe, read = _plain_base(adapter, subfolder, kwargs)
+    pipe.scheduler = plain_scheduler(pipe, read)
     bake_label(pipe, read, label, gamma, label_scale)
     pipe.save_pretrained(folder)
     return Path(folder)

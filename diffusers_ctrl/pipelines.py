@@ -41,13 +41,14 @@ from .calls import Roles
 from .cards import save_card
 from .classifiers import Classifier
 from .controls import Control, StrengthHook, add_control, check_lora, control_hook, remove_control
-from .export import bake_label, check_exportable, check_has_lora, label_lora, write_lora
+from .export import bake_label, check_exportable, check_has_lora, label_lora, plain_scheduler, write_lora
 from .hub import advice, check_token, explained
 from .injection import find_injection_site, other_lora, site_width
 from .labels import Label, LabelSpace
 from .rollouts import Sampler
 from .sampling import (
     Strength,
+    check_scheduler,
     complete,
     labelled_scheduler,
     requests,
@@ -250,7 +251,7 @@ class CTRLPipeline(DiffusionPipeline):
         adapter_name: str | None = None,
     ) -> Path:
         """Writes an ordinary pipeline folder that draws this one label, for people without this package: see `export.bake_label`, also
-        for what it does under classifier-free guidance, and `label_scale`.
+        for what it does under classifier-free guidance, and `label_scale`. Its scheduler is the adapter's: see `export.plain_scheduler`.
 
         Raises:
             ValueError: for an unknown label, a time embedding into which no label can be baked, or a LoRA that is no label adapter's;
@@ -262,7 +263,7 @@ class CTRLPipeline(DiffusionPipeline):
         name, denoiser = denoiser_of(self)
         with self._without_adapters():
             plain = copy.deepcopy(denoiser)
-        scheduler = labelled_scheduler(self.scheduler, adapter.config.sampler)
+        scheduler = plain_scheduler(self, adapter)
         baked = self._ctrl_base.from_pipe(self, **{name: plain}, scheduler=scheduler, dtype=plain.dtype)
         bake_label(baked, adapter, label, gamma, label_scale)
         baked.save_pretrained(folder)
@@ -470,6 +471,8 @@ class CTRLPipeline(DiffusionPipeline):
         found = [request.repeated(repeats) for request in found]
         own_scheduler = self.scheduler
         self.scheduler = labelled_scheduler(own_scheduler, settings)
+        if found:
+            check_scheduler(self.scheduler, found[0].control)
         try:
             options = transition_options(self.scheduler, kwargs, settings)
             if num_particles == 1:

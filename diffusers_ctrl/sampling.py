@@ -145,11 +145,27 @@ def complete(given: dict[str, Any], parameters: Mapping[str, Any], label: Any, s
     return kwargs, rows, given.get("num_images_per_prompt") or 1
 
 
-def labelled_scheduler(scheduler: Any, sampler: dict[str, Any]) -> Any:
-    """The pipeline's scheduler, or, where that has no Gaussian step, the one that the adapter was trained with."""
-    if is_supported(scheduler) or sampler["scheduler"] not in supported_schedulers():
+def trained_scheduler(scheduler: Any, sampler: dict[str, Any]) -> Any:
+    """The scheduler that the adapter was trained with; the pipeline's, where it is of no known class."""
+    if sampler["scheduler"] not in supported_schedulers():
         return scheduler
     return scheduler_class(sampler["scheduler"]).from_config(sampler["scheduler_config"])
+
+
+def labelled_scheduler(scheduler: Any, sampler: dict[str, Any]) -> Any:
+    """The pipeline's scheduler, or, where that has no Gaussian step, the one that the adapter was trained with."""
+    return scheduler if is_supported(scheduler) else trained_scheduler(scheduler, sampler)
+
+
+def check_scheduler(scheduler: Any, control: Control) -> None:
+    """Warns where labels are drawn with a scheduler of another class than the adapter was trained with: the law is another then."""
+    own, trained = type(scheduler).__name__, control.adapter.config.sampler["scheduler"]
+    if own != trained and trained in supported_schedulers():
+        warnings.warn(
+            f"This pipeline has {own}, and the adapter {control.name!r} was trained and measured with {trained}: its labels are drawn from another law. For "
+            f"the adapter's: `pipe.scheduler = {trained}.from_config(pipe.ctrl_adapters[{control.name!r}].config.sampler['scheduler_config'])`.",
+            stacklevel=5,
+        )
 
 
 def transition_options(scheduler: Any, arguments: Mapping[str, Any], sampler: dict[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,21 @@
 """A label baked into a plain pipeline: the tuned model to rounding without guidance, and how far from it with."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionPipeline,
+)
+from test_families import controlled, make_adapter
 
 from diffusers_ctrl import CTRLPipeline
+from diffusers_ctrl.adapters import save_adapter
 from diffusers_ctrl.export import bake_label, export_label
 
 
@@ -87,3 +96,37 @@ def test_a_pipeline_exports_a_label_of_its_own(labelled, sd_adapter, tmp_path):
     with pytest.raises(ValueError, match="Unknown label"):
         labelled.export_label("fat", tmp_path / "none")
     assert not (tmp_path / "none").exists() and torch.equal(draw(labelled, label="bold"), expected)
+
+
+def test_the_adapters_scheduler_is_exported(sd_folder, adapter, tmp_path):
+    """Not the base's, if it was trained with another one that also has noise."""
+    base = StableDiffusionPipeline.from_pretrained(sd_folder)
+    base.scheduler = DDPMScheduler.from_config(base.scheduler.config)
+    base.save_pretrained(tmp_path / "base")
+    config = replace(adapter.config, base={**adapter.config.base, "id": str(tmp_path / "base")})
+    trained = save_adapter(tmp_path / "adapter", replace(adapter, config=config))
+    pipe = CTRLPipeline.from_pretrained(trained)
+    for folder in (export_label(trained, "bold", tmp_path / "a"), pipe.export_label("bold", tmp_path / "b")):
+        scheduler = DiffusionPipeline.from_pretrained(folder).scheduler
+        assert type(scheduler) is DDIMScheduler
+        assert {key: scheduler.config[key] for key in config.sampler["scheduler_config"]} == config.sampler["scheduler_config"]
+    assert type(pipe.scheduler) is DDPMScheduler
+
+
+def test_a_flow_is_exported_with_a_scheduler_of_diffusers_own(tmp_path):
+    """MemorylessFlowMatchScheduler is this package's, which who runs the folder does not have."""
+    trained = make_adapter("stable_diffusion_3", scheduler="MemorylessFlowMatchScheduler", scheduler_config={"shift": 2.0})
+    pipe = controlled("stable_diffusion_3", trained)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
+    folder = pipe.export_label("bold", tmp_path / "baked")
+    assert json.loads((folder / "model_index.json").read_text())["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    scheduler = DiffusionPipeline.from_pretrained(folder).scheduler
+    assert scheduler.config.shift == 2.0 and not scheduler.config.stochastic_sampling
+
+
+def test_an_eta_that_the_plain_call_cannot_be_given_is_told(tmp_path):
+    pipe = controlled("dit", make_adapter("dit", scheduler="DDIMScheduler", options={"eta": 1.0}))
+    with pytest.warns(
+        UserWarning, match="trained with eta = 1.0, which the call of a plain DiTPipeline does not take.*DDIMScheduler.step"
+    ):
+        pipe.export_label("bold", tmp_path / "baked")

@@ -130,6 +130,7 @@ def other(request, pipe):
     pipe.scheduler = own
 
 
+@pytest.mark.filterwarnings("ignore:This pipeline has")
 def test_the_weights_have_the_mean_z_with_every_scheduler(other):
     tuned = particles(other, 240, strength=0.1, particle_batch_size=120).log_weights
     base = particles(other, 240, seed=1, particle_batch_size=120, strength=0.0).log_weights
@@ -140,6 +141,7 @@ def test_the_weights_have_the_mean_z_with_every_scheduler(other):
     assert errors[0] < 0.2 * means[0]
 
 
+@pytest.mark.filterwarnings("ignore:This pipeline has")
 def test_the_step_without_noise_is_the_bases_with_every_scheduler(other):
     states = []
     call = {

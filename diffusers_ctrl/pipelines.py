@@ -430,8 +430,8 @@ class CTRLPipeline(DiffusionPipeline):
         adapters that take one; the others keep theirs. Exact sampling then tends to p(x | c) Π p̂_i(y_i | x)^gamma_i.
 
         Raises:
-            ValueError: for an unknown label, a wrong number of labels, a label without an adapter, or a gamma that has no effect;
-                for num_particles without a classifier in the adapter, without noise in the sampler, or with given latents.
+            ValueError: for an unknown label, a wrong number of labels, a label without an adapter, a gamma that has no effect, or a
+                gamma or strength without a label; for num_particles without a classifier in the adapter, without noise in the sampler, or with given latents.
         """
         parameters = inspect.signature(super().__call__).parameters
         if "strength" in parameters:
@@ -447,6 +447,12 @@ class CTRLPipeline(DiffusionPipeline):
         if label is None:
             if num_particles > 1:
                 raise ValueError("num_particles weighs samples by how well they fit a label: pass label= as well.")
+            named = "strength" if strength is not None and "strength" not in parameters else "label_strength"
+            for name, value in (("gamma", gamma), (named, label_strength)):
+                if value is not None:
+                    raise ValueError(
+                        f"{name} = {value} is of a label, and no label was given: pass label= as well, or leave {name} out."
+                    )
             return super().__call__(*args, **kwargs)
         if not self._ctrl_controls:
             raise ValueError(

@@ -6,7 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    PNDMScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
 from peft import LoraConfig
 from PIL import Image
 
@@ -247,6 +255,24 @@ def test_what_strength_costs(pipe, plain):
     assert forwards(pipe, label="bold", strength=0) == steps
     # one more for each step that has noise; the last has none and is the base's
     assert forwards(pipe, label="bold", strength=0.5) == steps + steps - 1
+
+
+@pytest.mark.parametrize("given", [{"strength": 0.5}, {"label_strength": 0.5}, {"strength": {"stroke": 0.5}}, {"gamma": 2.0}])
+def test_what_is_of_a_label_needs_one(pipe, bare, sd_gamma_adapter, given):
+    bare.load_ctrl_adapter(sd_gamma_adapter)  # which takes a gamma
+    (name,) = given
+    for each in (pipe, bare):
+        with pytest.raises(ValueError, match=rf"^{name} = .* is of a label, and no label was given: .*leave {name} out"):
+            draw(each, **given)
+
+
+def test_the_strength_of_an_image_needs_no_label(pipe):
+    image, own = Image.new("RGB", (16, 16)), StableDiffusionImg2ImgPipeline
+    plain, ours = own(**pipe.components, requires_safety_checker=False), CTRLPipeline.from_pipe(pipe, own)
+    call = {"image": image, "strength": 0.6, "num_inference_steps": 10}
+    assert torch.equal(draw(ours, **call), draw(plain, **call))
+    with pytest.raises(ValueError, match="label_strength = 0.5 is of a label"):
+        draw(ours, **call, label_strength=0.5)
 
 
 # -- gamma --

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .calls import as_set
 from .controls import StrengthHook
 from .rollouts import Sampler
 from .transitions import transition
@@ -36,12 +37,13 @@ class PathRecorder:
     own arguments (DDIM's eta) are those of the transitions.
 
     Args:
-        hook: the denoiser's. sampler: the law that the call samples. guidance_scale: of the call; None where there is none.
+        hook: the denoiser's. options: of the transitions of the law that the call samples. guidance_scale: of the call; None where
+            there is none.
     """
 
-    def __init__(self, hook: StrengthHook, sampler: Sampler, guidance_scale: float | None) -> None:
-        self.hook = hook
-        self.deterministic_timesteps = sampler.deterministic_timesteps  # asked at every step: each time would read them all anew
+    def __init__(self, hook: StrengthHook, options: dict[str, Any], guidance_scale: float | None) -> None:
+        self.hook, self.options = hook, options
+        self._deterministic_timesteps: frozenset[float] | None = None
         self.guidance_scale = 1.0 if guidance_scale is None else float(guidance_scale)
         self.log_ratio: torch.Tensor | float = 0.0
 
@@ -56,7 +58,10 @@ class PathRecorder:
         self.log_ratio = 0.0
 
     def watched(self, scheduler: Any) -> Any:
-        """A copy of the scheduler whose `step` also records; same signature, same result."""
+        """A copy of the scheduler whose `step` also records; same signature, same result.
+
+        The step raises ValueError where it has no noise and should have, so that no weight can be given.
+        """
         watched = copy.copy(scheduler)
         step = scheduler.__class__.step.__get__(watched)
         signature = inspect.signature(step)
@@ -74,12 +79,19 @@ class PathRecorder:
                 other = self._guided(self.hook.base_output, len(sample))
                 base = transition(watched, _wide(other), timestep, _wide(sample), **options)
                 self.log_ratio = self.log_ratio + taken.log_ratio(base, following)
-            elif float(timestep) not in self.deterministic_timesteps:
+            elif not self._is_bases(watched, float(timestep)):
                 raise ValueError(f"The step at timestep {float(timestep):g} has no noise ({options}), so no weight can be given.")
             return result
 
         watched.step = recording_step
         return watched
+
+    def _is_bases(self, scheduler: Any, timestep: float) -> bool:
+        """Whether the law itself has no noise at this timestep, of those that the call has set: with its size's shift, for instance."""
+        if self._deterministic_timesteps is None:
+            sampler = Sampler(as_set(scheduler), len(scheduler.timesteps), self.options)
+            self._deterministic_timesteps = sampler.deterministic_timesteps
+        return timestep in self._deterministic_timesteps
 
     def _guided(self, output: torch.Tensor, rows: int) -> torch.Tensor:
         if len(output) == rows:

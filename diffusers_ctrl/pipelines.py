@@ -45,7 +45,6 @@ from .export import bake_label, check_exportable, check_has_lora, label_lora, pl
 from .hub import advice, check_token, explained
 from .injection import find_injection_site, other_lora, site_width
 from .labels import Label, LabelSpace
-from .rollouts import Sampler
 from .sampling import (
     Strength,
     check_scheduler,
@@ -483,9 +482,8 @@ class CTRLPipeline(DiffusionPipeline):
             options = transition_options(self.scheduler, kwargs, settings)
             if num_particles == 1:
                 return sample(self, call, kwargs, found, prompts * repeats, options)
-            sampler = Sampler(self.scheduler, kwargs.get("num_inference_steps") or settings["num_inference_steps"], options)
             return sample_particles(
-                self, call, kwargs, found, prompts * repeats, repeats, sampler, num_particles, particle_batch_size
+                self, call, kwargs, found, prompts * repeats, repeats, options, num_particles, particle_batch_size
             )
         finally:
             self.scheduler = own_scheduler

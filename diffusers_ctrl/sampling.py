@@ -17,7 +17,6 @@ from .calls import CallWatch, GuidanceFound
 from .controls import Active, Control, check_lora, control_hook
 from .labels import Label, LabelSpace
 from .particles import ParticlePool, PathRecorder
-from .rollouts import Sampler
 from .transitions import is_supported, scheduler_class, supported_schedulers
 
 
@@ -224,7 +223,7 @@ def sample_particles(
     found: Sequence[Request],
     images: int,
     repeats: int,
-    sampler: Sampler,
+    options: dict[str, Any],
     count: int,
     batch_size: int,
 ) -> Any:
@@ -251,7 +250,7 @@ def sample_particles(
     bar = pipe.progress_bar(total=images * count)
     try:
         pipe.set_progress_bar_config(**quiet | {"disable": True})
-        with PathRecorder(hook, sampler, kwargs.get("guidance_scale")) as recorder:
+        with PathRecorder(hook, options, kwargs.get("guidance_scale")) as recorder:
             pipe.scheduler = recorder.watched(own)
             while pool.count < count:
                 share = min(max(1, batch_size // images), count - pool.count)
@@ -266,7 +265,7 @@ def sample_particles(
                     arguments["generator"] = [g for g in generator for _ in range(share)]
                 recorder.reset()
                 rows = [request.repeated(share) for request in found]
-                output = sample(pipe, call, arguments, rows, images * share, sampler.options)
+                output = sample(pipe, call, arguments, rows, images * share, options)
                 drawn = torch.as_tensor(output.images)
                 if isinstance(output.images, np.ndarray):  # a pipeline that does not know output_type="pt"
                     drawn = drawn.permute(0, 3, 1, 2)

@@ -720,6 +720,11 @@ def test_auto_pipelines(family, img2img, adapter, tmp_path):
         ("stable_diffusion", True, None),
         ("stable_diffusion_xl", True, None),
         ("ddpm", False, None),
+        ("flux", False, None),
+        ("stable_diffusion_3", False, None),
+        ("stable_diffusion_3", True, None),
+        ("sana", False, None),
+        ("flux_true_cfg", True, "two calls"),
     ],
 )
 def test_exact_sampling_or_a_clear_refusal(name, guided, message):

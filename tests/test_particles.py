@@ -160,10 +160,14 @@ def test_the_step_without_noise_is_the_bases_with_every_scheduler(other):
     torch.testing.assert_close(states[-1], law.mean, rtol=1e-5, atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def flow_pipe():
+@pytest.fixture(scope="module", params=[False, True], ids=["shift", "dynamic shift"])
+def flow_pipe(request):
     """A tiny StableDiffusion3Pipeline with an adapter of random weights, trained, as it were, with the memoryless scheduler."""
-    plain, same = (tiny_sd3(FlowMatchEulerDiscreteScheduler(shift=3.0)) for _ in range(2))
+    shifting = {
+        "shift": 3.0,
+        "use_dynamic_shifting": request.param,
+    }  # the latter: by the size of the picture, in the pipeline's call
+    plain, same = (tiny_sd3(FlowMatchEulerDiscreteScheduler(**shifting)) for _ in range(2))
     sha256 = denoiser_sha256(same.transformer)
     policy = Policy(same.transformer, label_space=SPACE, lora_rank=2)
     for parameters in policy.trainable_parameters().values():
@@ -178,7 +182,7 @@ def flow_pipe():
         gamma_range=None,
         sampler={
             "scheduler": "MemorylessFlowMatchScheduler",
-            "scheduler_config": {"shift": 3.0},
+            "scheduler_config": shifting,
             "num_inference_steps": 4,
             "guidance_scale": 1.0,
             "options": {},

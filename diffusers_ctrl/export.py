@@ -291,7 +291,8 @@ def export_label(
 ) -> Path:
     """Writes an ordinary pipeline folder that draws one label: `DiffusionPipeline.from_pretrained(folder)` runs it. See `bake_label`.
 
-    Its scheduler is the adapter's (see `plain_scheduler`); the number of steps, the guidance scale and eta are for the call: those of `adapter.config.sampler`.
+    Its scheduler is the adapter's (see `plain_scheduler`); the number of steps, the guidance scale and eta are for the call: those of
+    `adapter.config.sampler`.
 
     Args:
         adapter: a local folder, an embedded adapter's name, or a Hub id.

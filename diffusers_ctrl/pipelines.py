@@ -425,12 +425,14 @@ class CTRLPipeline(DiffusionPipeline):
 
         With several adapters, `label` is a dict of their attributes, and an adapter whose attributes it leaves out does not act. The
         denoiser's output is base + Σ strength_i · (tuned_i − base), for one forward of the base and one an adapter; `strength` may be
-        a dict {adapter name or attribute: number}, with one number an adapter. Settings are those of the acting adapter that was loaded first. gamma goes to the
-        adapters that take one; the others keep theirs. Exact sampling then tends to p(x | c) Π p̂_i(y_i | x)^gamma_i.
+        a dict {adapter name or attribute: number}, with one number an adapter. Settings are those of the acting adapter that was
+        loaded first. gamma goes to the adapters that take one; the others keep theirs. Exact sampling then tends to
+        p(x | c) Π p̂_i(y_i | x)^gamma_i.
 
         Raises:
             ValueError: for an unknown label, a wrong number of labels, a label without an adapter, a gamma that has no effect, or a
-                gamma or strength without a label; for num_particles without a classifier in the adapter, without noise in the sampler, or with given latents.
+                gamma or strength without a label; where diffusers has taken an adapter's LoRA out, or fused it; for num_particles
+                without a classifier in the adapter, without noise in the sampler, or with given latents.
         """
         parameters = inspect.signature(super().__call__).parameters
         if "strength" in parameters:

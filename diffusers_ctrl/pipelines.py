@@ -370,6 +370,8 @@ class CTRLPipeline(DiffusionPipeline):
 
     def _check_no_other_lora(self) -> None:
         """Raises ValueError where a component has LoRA layers of the user's own: under their keys nothing would find its weights."""
+        if self._ctrl_controls:
+            check_lora(self.denoiser)  # what that finds is the matter then, and its layers may be all there is
         for name, component in self.components.items():
             if isinstance(component, torch.nn.Module) and other_lora(component, self._ctrl_controls):
                 raise ValueError(

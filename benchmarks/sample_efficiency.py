@@ -160,9 +160,8 @@ def fit_cfg(spec: dict[str, Any], labels: Labels, _: Classifier, __: Path) -> Fi
             out.append(torch.cat(parts))
         return out
 
-    series = [
-        [(updates, weight) for weight in spec["cfg_weights"]] for updates in reversed(spec["cfg_updates"])
-    ]  # plain: all, weight 1
+    # plain: all updates, weight 1
+    series = [[(updates, weight) for weight in spec["cfg_weights"]] for updates in reversed(spec["cfg_updates"])]
     about = {"seconds_training": sum(seconds.values()), "seconds_by_updates": {str(k): v for k, v in seconds.items()}}
     return Fitted(draw, series, about)
 

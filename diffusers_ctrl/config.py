@@ -252,11 +252,11 @@ class CTRLConfig:
             return -(-self.batch_size // 2)
         return self.gradient_batch_size
 
-    def objective_options(self) -> dict[str, Any]:
-        """The chosen objective's own options."""
+    def objective_options(self, at_a_time: int | None) -> dict[str, Any]:
+        """The chosen objective's own options. at_a_time: how many trajectories a call with a gradient has; None is all."""
         own = {
-            "direct_backprop": {"truncation": self.truncation, "gradient_batch_size": self.gradient_batch_size},
-            "adjoint_matching": {"gradient_batch_size": self.differentiated_at_a_time},
+            "direct_backprop": {"truncation": self.truncation, "gradient_batch_size": at_a_time},
+            "adjoint_matching": {"gradient_batch_size": at_a_time},
             "policy_gradient": {"clip_range": self.clip_range},
         }
         return own.get(self.objective, {})

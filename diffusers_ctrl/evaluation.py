@@ -111,9 +111,8 @@ def draw_samples(
     shares = processes.count() if distributed else 1
     bar = tqdm(total=total, desc=description, unit="image", disable=not progress or (distributed and processes.index() > 0))
     with global_generators_kept():
-        seed_global_generators(
-            number, processes.index() if distributed else 0
-        )  # for a scorer that draws: other numbers for other rows
+        # for a scorer that draws: other numbers on other processes
+        seed_global_generators(number, processes.index() if distributed else 0)
         for part in own:
             rows = torch.tensor(part or [0])  # all must call a base that is dealt out to them; a row that is nobody's is not kept
             noise = TrajectoryNoise([seeds[row] for row in rows.tolist()], environment.labels.device)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -67,7 +66,7 @@ def marked(folder: Path) -> Iterator[None]:
     """
     mark, failed = folder / MARK_NAME, folder / FAILED_NAME
     mark.unlink(missing_ok=True)
-    with contextlib.suppress(FileNotFoundError):
+    with suppress(FileNotFoundError):
         if failed.stat().st_mtime < STARTED:  # a later one is of a process of this launch
             failed.unlink(missing_ok=True)
     try:

@@ -264,6 +264,13 @@ class Choice:
         return Choice(*(value[rows] for value in vars(self).values()))
 
 
+def _numbers(scores: torch.Tensor) -> torch.Tensor:
+    """The scores of some images, (B,) or (B, M). Raises ValueError where one is NaN."""
+    if bad := int(scores.isnan().reshape(len(scores), -1).any(dim=1).sum()):
+        raise ValueError(f"The log-likelihood is NaN for {bad} of {len(scores)} images: the reward must give a number for each.")
+    return scores
+
+
 def in_chunks(function: Callable[..., torch.Tensor], size: int | None) -> Callable[..., torch.Tensor]:
     """The same function of tensors (B, …), called with at most `size` rows at a time; `function` itself for None.
 
@@ -322,11 +329,7 @@ class Environment:
 
     def score(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """log p̂(y | x), (B,) nats, on the labels' device. Raises ValueError where the reward gives anything else, NaN included."""
-        found = self._reward(images, labels)
-        if found.isnan().any():
-            bad = int(found.isnan().sum())
-            raise ValueError(f"The log-likelihood is NaN for {bad} of {len(found)} images: the reward must give a number for each.")
-        return found
+        return _numbers(self._reward(images, labels))
 
     def _reward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         found = self.reward(images, labels)
@@ -340,17 +343,15 @@ class Environment:
         return in_chunks(lambda x, labels: self._reward(self.decode(x), labels), self.reward_batch_size)(x, labels)
 
     def scores(self, images: torch.Tensor) -> torch.Tensor:
-        """log p̂ of every label of the environment, (B, C, H, W) -> (B, M) nats."""
-        return torch.stack([self.score(images, label.expand(len(images), -1)) for label in self.labels], dim=1)
+        """log p̂ of every label of the environment, (B, C, H, W) -> (B, M) nats. Raises as `score` does."""
+        return _numbers(self._rewards(images))
+
+    def _rewards(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self._reward(images, label.expand(len(images), -1)) for label in self.labels], dim=1)
 
     def log_likelihoods(self, x: torch.Tensor) -> torch.Tensor:
         """The same of states, (B, C, *) -> (B, M) nats: decoded once. A NaN is left in, as of states that are not finished."""
-
-        def scores(x: torch.Tensor) -> torch.Tensor:
-            images = self.decode(x)
-            return torch.stack([self._reward(images, label.expand(len(images), -1)) for label in self.labels], dim=1)
-
-        return in_chunks(scores, self.reward_batch_size)(x)
+        return in_chunks(lambda x: self._rewards(self.decode(x)), self.reward_batch_size)(x)
 
     def start(self, choice: Choice, generator: RandomSource) -> Batch:
         """The batch of a choice, its x_0 drawn from `generator`."""

@@ -180,8 +180,9 @@ def sample(
     pipe: DiffusionPipeline, call: Callable, kwargs: dict, found: Sequence[Request], samples: int, options: dict[str, Any]
 ) -> Any:
     """`call`, the base's own, with these labels on the denoiser's hooks."""
-    hook, roles = control_hook(denoiser_of(pipe)[1]), dict(pipe._ctrl_roles)
-    check_lora(denoiser_of(pipe)[1])
+    denoiser, roles = denoiser_of(pipe)[1], dict(pipe._ctrl_roles)
+    check_lora(denoiser)
+    hook = control_hook(denoiser)
     active = tuple(request.active(pipe._execution_device) for request in found)
     while True:
         restore = _random_states(kwargs.get("generator"))

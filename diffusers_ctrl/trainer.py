@@ -420,9 +420,7 @@ class CTRLTrainer:
             work = [(*one, own) for one, own in zip(started, kept, strict=True)]
         else:
             work = ((*start(rows), {}) for rows in micros)  # one pass: a micro-batch is made when its turn comes
-        always = config.objective_options()
-        if "gradient_batch_size" in always:
-            always["gradient_batch_size"] = self.at_a_time
+        always = config.objective_options(self.at_a_time)
         found = [self._optimize(self._gradient(environment, work, len(micros), always | options)) for options in passes]
         return found[0]  # before the first of several optimizer steps the trajectories are the policy's own
 

@@ -156,9 +156,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             generator = torch.Generator(device).manual_seed(config.seed + 3_000_003)
             gammas = gamma_grid(tuple(adapter.config.gamma_range))
             metrics |= evaluate_gammas(policy, environment, base, gammas, task.eval_samples, generator, names, **sizes, **judges)
-        if policy.guidance_scale > 1 and accelerator.is_main_process and adapter.label_encoder.control_head is None:
+        if policy.guidance_scale > 1 and adapter.label_encoder.control_head is None:
             scales, few = label_scales(policy.guidance_scale), max(1, task.eval_samples // 5)
-            metrics |= measure_baked(policy, environment, few, config.seed + 4_000_003, scales)
+            metrics |= measure_baked(policy, environment, few, config.seed + 4_000_003, scales, distributed=True)
         rows = sample_rows(policy, environment, distributed=True)
     if rows is None:  # the main process has the images, judges them and writes the files
         return metrics

@@ -231,10 +231,10 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[TaskConfig, CTR
     )
     config = next((a.split("=", 1)[1] for a in arguments if a.startswith("--config=")), None)
     if config is None:
-        own = {argument.split("=", 1)[0] for argument in arguments} & {"--dataset", "--attribute"}
-        config = (
-            arguments[arguments.index("--config") + 1] if "--config" in arguments[:-1] else None if own else str(DEFAULT_CONFIG)
-        )
+        if "--config" in arguments[:-1]:
+            config = arguments[arguments.index("--config") + 1]
+        elif not {argument.split("=", 1)[0] for argument in arguments} & {"--dataset", "--attribute"}:
+            config = str(DEFAULT_CONFIG)
     try:
         values = {} if config is None else yaml.safe_load(Path(config).read_text()) or {}
     except (OSError, yaml.YAMLError) as error:

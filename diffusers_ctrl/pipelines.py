@@ -21,8 +21,6 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
-from huggingface_hub import create_repo
 
 from .adapters import (
     Adapter,
@@ -42,7 +40,7 @@ from .cards import save_card
 from .classifiers import Classifier
 from .controls import Control, StrengthHook, add_control, check_lora, control_hook, remove_control
 from .export import bake_label, check_exportable, check_has_lora, label_lora, plain_scheduler, write_lora
-from .hub import advice, check_token, explained
+from .hub import advice, explained
 from .injection import find_injection_site, other_lora, site_width
 from .labels import Label, LabelSpace
 from .sampling import (
@@ -57,7 +55,7 @@ from .sampling import (
     transition_options,
     union_space,
 )
-from .sharing import push_adapter
+from .sharing import push_adapter, push_pipeline
 
 
 AUTO_PIPELINES = "diffusers.pipelines.auto_pipeline"
@@ -331,7 +329,7 @@ class CTRLPipeline(DiffusionPipeline):
         # the base class's own upload would come before the class's name is right and the adapter is there
         self._save_folder(Path(save_directory), **kwargs)
         if push_to_hub:
-            self._push_folder(Path(save_directory), **upload)
+            push_pipeline(self, Path(save_directory), **upload)
 
     def _save_folder(self, folder: Path, **kwargs: Any) -> None:
         if not self._ctrl_controls:
@@ -349,24 +347,6 @@ class CTRLPipeline(DiffusionPipeline):
             super().save_pretrained(folder, **kwargs)
             _restore_class_name(folder)
         save_adapter(folder, adapter)
-
-    def _push_folder(
-        self,
-        folder: Path,
-        repo_id: str | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        commit_message: str | None = None,
-        create_pr: bool = False,
-    ) -> None:
-        """What the base class's `save_pretrained` does with a folder that it pushes."""
-        check_token(token)
-        repo_id = repo_id or folder.resolve().name
-        with explained(f"The upload of {str(folder)!r} to {repo_id!r} could not be completed"):
-            repo_id = create_repo(repo_id, exist_ok=True, private=private, token=token).repo_id
-            card = populate_model_card(load_or_create_model_card(repo_id, token=token, is_pipeline=True))
-            card.save(folder / "README.md")
-            self._upload_folder(folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr)
 
     def _check_no_other_lora(self) -> None:
         """Raises ValueError where a component has LoRA layers of the user's own: under their keys nothing would find its weights."""

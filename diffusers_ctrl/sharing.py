@@ -1,4 +1,4 @@
-"""An adapter folder to the Hub: what of it is sent, and what its card and its config then say."""
+"""To the Hub: an adapter's folder, what of it is sent and what its card and its config then say; and a pipeline's with an adapter."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from diffusers import DiffusionPipeline
+from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
+from huggingface_hub import create_repo
+
 from . import assets
 from .adapters import ADAPTER_FILES, CARD_FILES, CONFIG_NAME, config_text, load_adapter
 from .cards import shared_card
-from .hub import is_repo_id, upload
+from .hub import check_token, explained, is_repo_id, upload
 from .untrusted import member
 
 
@@ -77,3 +81,22 @@ def check_shareable(base: str) -> None:
         raise ValueError(
             f"The adapter's base {base!r} is a folder of this machine, which nobody else has: pass the Hub id of the same weights as base=."
         )
+
+
+def push_pipeline(
+    pipe: DiffusionPipeline,
+    folder: Path,
+    repo_id: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+) -> None:
+    """Uploads a saved pipeline's folder, as diffusers' own `save_pretrained` does with one that it pushes. Raises ValueError if that fails."""
+    check_token(token)
+    repo_id = repo_id or folder.resolve().name
+    with explained(f"The upload of {str(folder)!r} to {repo_id!r} could not be completed"):
+        repo_id = create_repo(repo_id, exist_ok=True, private=private, token=token).repo_id
+        card = populate_model_card(load_or_create_model_card(repo_id, token=token, is_pipeline=True))
+        card.save(folder / "README.md")
+        pipe._upload_folder(folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr)
